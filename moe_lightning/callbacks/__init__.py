@@ -1,0 +1,7 @@
+"""Lightning callbacks: writing predictions, showing progress, reporting the run."""
+
+from moe_lightning.callbacks.prediction_writer import PredictionWriter
+from moe_lightning.callbacks.row_progress_bar import RowProgressBar
+from moe_lightning.callbacks.throughput import Throughput
+
+__all__ = ["PredictionWriter", "RowProgressBar", "Throughput"]

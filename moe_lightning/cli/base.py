@@ -1,0 +1,153 @@
+"""What the verbs share: a LightningCLI without subcommands, shipped configs, and the output directory."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from jsonargparse import Namespace, lazy_instance
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from typing_extensions import override
+
+from moe_lightning.errors import MoELightningError, UsageError
+from moe_lightning.files import write_atomically
+from moe_lightning.module import MoELightningModule
+from moe_lightning.tasks import Generate
+
+PACKAGE = Path(__file__).resolve().parent.parent
+
+
+def config_directory() -> Path:
+    """Where the shipped configs are: inside the installed package, or at the root of a checkout."""
+    inside = PACKAGE / "configs"
+    return inside if inside.is_dir() else PACKAGE.parent / "configs"
+
+
+def resolve_configs(arguments: Sequence[str]) -> list[str]:
+    """Replace names of shipped configs by their paths; files of that name in the working directory come first.
+
+    Args:
+        arguments: The command line after the verb.
+
+    Returns:
+        The command line with paths.
+
+    Raises:
+        UsageError: If a config is neither a file nor shipped.
+    """
+    resolved = list(arguments)
+    for position, argument in enumerate(arguments):
+        if argument in ("--config", "-c") and position + 1 < len(arguments):
+            resolved[position + 1] = _find_config(arguments[position + 1])
+        elif argument.startswith("--config="):
+            resolved[position] = f"--config={_find_config(argument.removeprefix('--config='))}"
+    return resolved
+
+
+def _find_config(name: str) -> str:
+    if Path(name).is_file():
+        return name
+    shipped = config_directory() / name
+    if shipped.is_file():
+        return str(shipped)
+    names = ", ".join(sorted(path.name for path in config_directory().glob("*.yaml")))
+    raise UsageError(f"--config {name}: no such file here, and no shipped config of that name. Shipped: {names}.")
+
+
+class SaveConfig(SaveConfigCallback):
+    """Writes ``config.yaml`` into the output directory, whatever the logger."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **(kwargs | {"save_to_log_dir": False}))
+
+    @override
+    def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        directory = Path(trainer.default_root_dir)
+        directory.mkdir(parents=True, exist_ok=True)
+        write_atomically(directory / "config.yaml", self.parser.dump(self.config, skip_none=False))
+
+
+class MoECLI(LightningCLI):
+    """One verb's command line: parses, checks the output directory, and builds module, data and trainer.
+
+    Args:
+        datamodule_class: The verb's data.
+        output_dir: Default of ``--output_dir``.
+        callbacks: Callback classes with options, by name of their options.
+        trainer_defaults: Defaults of ``--trainer.*``.
+        arguments: The command line after the verb.
+    """
+
+    def __init__(
+        self,
+        *,
+        datamodule_class: type[L.LightningDataModule],
+        output_dir: str,
+        callbacks: dict[str, type[L.Callback]],
+        trainer_defaults: dict[str, Any],
+        arguments: Sequence[str],
+    ) -> None:
+        self._default_output_dir = output_dir
+        self._configurable_callbacks = callbacks
+        # LightningCLI warns when it gets both arguments and a sys.argv of more than the program.
+        super().__init__(
+            model_class=MoELightningModule,
+            datamodule_class=datamodule_class,
+            save_config_callback=SaveConfig,
+            save_config_kwargs={"overwrite": True},
+            trainer_defaults=trainer_defaults,
+            seed_everything_default=0,
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+            run=False,
+            args=resolve_configs(arguments),
+        )
+
+    @override
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument(
+            "--output_dir",
+            type=str,
+            default=self._default_output_dir,
+            help="Everything the run writes goes into this directory, and nowhere else.",
+        )
+        parser.add_argument(
+            "--ckpt_path",
+            type=str | None,
+            default=None,
+            help="A training checkpoint of fit to start from. The default is the weights of --model.checkpoint.",
+        )
+        parser.link_arguments("output_dir", "trainer.default_root_dir")
+        for name, callback in self._configurable_callbacks.items():
+            parser.add_lightning_class_args(callback, name)
+            parser.link_arguments("output_dir", f"{name}.output_dir")
+        parser.set_defaults({"model.task": lazy_instance(Generate)})
+
+    @override
+    def before_instantiate_classes(self) -> None:
+        directory = Path(self.config.output_dir)
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(f"--output_dir {directory}: cannot be made ({error.strerror}).") from error
+        if not os.access(directory, os.W_OK):
+            raise UsageError(f"--output_dir {directory}: no permission to write there. Choose another directory.")
+        ckpt_path = self.config.ckpt_path
+        if ckpt_path is not None and not Path(ckpt_path).exists():
+            raise UsageError(f"--ckpt_path {ckpt_path}: no such checkpoint.")
+
+    @override
+    def instantiate_classes(self) -> None:
+        try:
+            super().instantiate_classes()
+        except MoELightningError:
+            raise
+        except (ValueError, TypeError, ImportError, L.fabric.utilities.exceptions.MisconfigurationException) as error:
+            # What options mean together is checked by the classes they go to.
+            raise UsageError(str(error)) from error
+
+    @property
+    def options(self) -> Namespace:
+        """The parsed options."""
+        return self.config

@@ -1,0 +1,77 @@
+"""From a command line to an exit code: picks the verb, and turns errors into messages.
+
+Exit codes: 0 all rows done, 2 bad command line or config, 3 done with some rows in errors.jsonl, 4 bad checkpoint or
+model, 5 interrupted, 1 anything else.
+"""
+
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from importlib import import_module
+
+from moe_lightning import __version__
+from moe_lightning.errors import MoELightningError
+
+VERBS = {
+    "predict": "Batched inference over a file of prompts.",
+    "fit": "Fine-tune a checkpoint.",
+    "validate": "Held-out loss of a checkpoint.",
+    "export": "Write a training checkpoint as a Hugging Face directory.",
+}
+USAGE = f"""usage: python -m moe_lightning VERB [--config NAME.yaml] [--dotted.option value]
+
+verbs:
+{chr(10).join(f"  {verb:<10}{what}" for verb, what in VERBS.items())}
+
+  python -m moe_lightning predict --config single_device.yaml    the shipped demo, as it is
+  python -m moe_lightning VERB --help                            the options of a verb
+  python -m moe_lightning VERB --print_config=comments           all options as commented YAML
+"""
+INTERRUPTED = 5
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run one command line.
+
+    Args:
+        arguments: What follows the program's name.
+
+    Returns:
+        The exit code.
+    """
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(USAGE)
+        return 0 if arguments else 2
+    if arguments[0] == "--version":
+        print(__version__)
+        return 0
+    verb, *options = arguments
+    if verb not in VERBS:
+        return _fail(f"there is no verb {verb!r}.\n{USAGE}", 2)
+    run: Callable[[list[str]], int] = import_module(f"moe_lightning.cli.{verb}").run
+    _quieten()
+    try:
+        return run(options)
+    except MoELightningError as error:
+        return _fail(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        return _fail("interrupted; the same command starts again.", INTERRUPTED)
+    except SystemExit as stop:
+        # jsonargparse ends a bad command line with 2; Lightning ends an interrupted run with 1.
+        return INTERRUPTED if stop.code == 1 else stop.code if isinstance(stop.code, int) else 0
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return code
+
+
+def _quieten() -> None:
+    """Keep to what a user can act on; the libraries' chatter is back with MOE_LIGHTNING_VERBOSE=1."""
+    if os.environ.get("MOE_LIGHTNING_VERBOSE"):
+        return
+    for name in ("lightning.pytorch", "lightning.fabric", "transformers"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore")

@@ -1,0 +1,28 @@
+"""What ``fit`` and ``validate`` share."""
+
+from collections.abc import Sequence
+
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+
+from moe_lightning.cli.base import MoECLI
+from moe_lightning.data.finetune import TextData
+
+
+def training_cli(arguments: Sequence[str], *, output_dir: str) -> MoECLI:
+    """Module, data and trainer of a training verb.
+
+    Args:
+        arguments: The command line after the verb.
+        output_dir: Default of ``--output_dir``.
+
+    Returns:
+        The parsed command line, everything built.
+    """
+    return MoECLI(
+        datamodule_class=TextData,
+        output_dir=output_dir,
+        callbacks={},
+        trainer_defaults={"devices": 1, "enable_model_summary": False},
+        arguments=arguments,
+    )

@@ -1,0 +1,196 @@
+"""The data module of `predict`: an input file as a fixed list of batches.
+
+    setup("predict"):  file ── scan ──▶ records ── encode ──▶ token counts ── plan ──▶ batches
+    predict loop:      batch i ──▶ its rows, from memory or read and tokenised again
+
+Memory: some 40 bytes a row for inputs of any size; small inputs are kept as tokens.
+"""
+
+import sys
+from array import array
+from collections.abc import Iterator
+from typing import Any, Protocol, cast
+
+import numpy as np
+from lightning.pytorch import LightningDataModule
+from numpy.typing import NDArray
+from torch.utils.data import DataLoader
+from tqdm import tqdm  # type: ignore[import-untyped]
+from typing_extensions import override
+
+from moe_lightning.data.batches import PlannedBatches
+from moe_lightning.data.batching import plan_batches
+from moe_lightning.data.encode import CHUNK_ROWS, Encoder
+from moe_lightning.data.readers import InputFormat, open_source
+from moe_lightning.data.records import Record, Row, RowBatch, RowError
+from moe_lightning.data.row_store import RowStore
+from moe_lightning.data.source import RowSource
+from moe_lightning.errors import UsageError
+
+MAX_TOKENS_IN_MEMORY = 5_000_000
+# Long prompts are tokenised in smaller chunks, so that a chunk stays small.
+_CHUNK_CHARACTERS = 4_000_000
+
+
+class PlanningTask(Protocol):
+    """What planning asks of a task."""
+
+    @property
+    def rows_factor(self) -> int:
+        """How many budgets a planned batch holds, for tasks that refill finished rows."""
+
+    @property
+    def default_max_new_tokens(self) -> int:
+        """Tokens that are generated for a row that does not say."""
+
+    def planned_tokens(
+        self, num_prompt_tokens_N: NDArray[np.int64], max_new_tokens_N: NDArray[np.int64], /
+    ) -> NDArray[np.integer]:
+        """Return how many tokens of the budget each row takes."""
+
+
+class PromptData(LightningDataModule):
+    """The prompts of a file, in batches of similar length that are planned before the run.
+
+    Args:
+        input: The file of prompts: JSON Lines (`{"id", "prompt"}`, `{"id", "messages"}` or OpenAI
+            batch lines), Parquet, or text with one prompt a line; `demo` means the prompts that
+            ship with the package.
+        format: The file's format; `auto` goes by the ending of its name.
+        max_batch_tokens: The token budget of one batch, padding included; a longer row gets a batch
+            of its own. Larger batches are faster and take more memory.
+        limit_rows: Only the first so many rows of the file are used; null means all.
+
+    Attributes:
+        num_rows: Number of rows of the input, good and bad.
+        row_errors: The rows that could not be read or tokenised, by row number.
+        batches: Row numbers of each planned batch.
+        num_tokens_N: Tokens of each of the N good rows, by row number.
+    """
+
+    def __init__(
+        self,
+        input: str = "demo",
+        *,
+        format: InputFormat = "auto",
+        max_batch_tokens: int = 16384,
+        limit_rows: int | None = None,
+    ) -> None:
+        super().__init__()
+        if max_batch_tokens <= 0:
+            raise UsageError(
+                f"--data.max_batch_tokens is {max_batch_tokens}, but a batch needs at least one "
+                "token; the default is 16384."
+            )
+        if limit_rows is not None and limit_rows < 0:
+            raise UsageError(
+                f"--data.limit_rows is {limit_rows}; use 0 or more, or leave it out for all rows."
+            )
+        self.input = input
+        self.format: InputFormat = format
+        self.max_batch_tokens = max_batch_tokens
+        self.limit_rows = limit_rows
+        self.num_rows = 0
+        self.row_errors: list[RowError] = []
+        self.batches: list[NDArray[np.int64]] = []
+        self.num_tokens_N: NDArray[np.int64] = np.zeros(0, dtype=np.int64)
+        self._dataset: PlannedBatches | None = None
+
+    @override
+    def setup(self, stage: str) -> None:
+        """Read and plan the input with the tokenizer and the task of the trainer's module."""
+        if stage != "predict":
+            raise UsageError(
+                f"--data PromptData only serves predict, not {stage}; fit and validate need a data "
+                "module for fine-tuning."
+            )
+        trainer = self.trainer
+        assert trainer is not None, "setup is called by a trainer"
+        module = cast(Any, trainer.lightning_module)
+        is_quiet = not trainer.is_global_zero or trainer.progress_bar_callback is None
+        self.plan(module.encoder, module.task, is_quiet=is_quiet)
+
+    def plan(self, encoder: Encoder, task: PlanningTask, *, is_quiet: bool = True) -> None:
+        """Read the whole input once and plan its batches; what `setup` does, without a trainer.
+
+        Args:
+            encoder: The checkpoint's tokenizer and limits.
+            task: Says how many tokens a row costs.
+            is_quiet: Whether no progress bar is shown.
+
+        Raises:
+            UsageError: If the input cannot be used at all.
+        """
+        source = open_source(self._path(), format=self.format)
+        self.num_rows, self.row_errors = 0, []
+        store: RowStore | None = RowStore(max_tokens=MAX_TOKENS_IN_MEMORY)
+        rows, num_tokens, max_new_tokens = array("q"), array("q"), array("q")
+        for item in self._rows(source, encoder, is_quiet=is_quiet):
+            if isinstance(item, RowError):
+                self.row_errors.append(item)
+                continue
+            rows.append(item.row)
+            num_tokens.append(len(item.token_ids))
+            own = item.options.max_new_tokens
+            max_new_tokens.append(task.default_max_new_tokens if own is None else own)
+            if store is not None and not store.add(item):
+                store = None
+        self.row_errors.sort(key=lambda error: error.row)
+        rows_N, self.num_tokens_N = np.array(rows, np.int64), np.array(num_tokens, np.int64)
+        costs_N = task.planned_tokens(self.num_tokens_N, np.array(max_new_tokens, np.int64))
+        budget_tokens = self.max_batch_tokens * task.rows_factor
+        self.batches = [rows_N[b] for b in plan_batches(costs_N, budget_tokens=budget_tokens)]
+        self._dataset = PlannedBatches(self.batches, source=source, encoder=encoder, store=store)
+
+    @override
+    def predict_dataloader(self) -> DataLoader[RowBatch]:
+        """Return the planned batches in order, one `RowBatch` an item."""
+        assert self._dataset is not None, "setup('predict') comes first"
+        return DataLoader(self._dataset, batch_size=None, num_workers=0)
+
+    def _path(self) -> str:
+        if self.input != "demo":
+            return self.input
+        from moe_lightning.demo import prompts_path
+
+        return str(prompts_path())
+
+    def _rows(
+        self, source: RowSource, encoder: Encoder, *, is_quiet: bool
+    ) -> Iterator[Row | RowError]:
+        """Yield Row and RowError; the rows of a chunk come after its read errors."""
+        chunk: list[Record] = []
+        num_characters = 0
+        with tqdm(
+            total=source.num_bytes,
+            desc="Planning",
+            unit="B",
+            unit_scale=True,
+            delay=1,  # seconds; small inputs show no bar
+            file=sys.stderr,
+            disable=is_quiet,
+            leave=False,
+        ) as bar:
+            if self.limit_rows == 0:
+                return
+            for item in source.scan():
+                self.num_rows += 1
+                if isinstance(item, RowError):
+                    yield item
+                else:
+                    chunk.append(item)
+                    num_characters += _num_characters(item)
+                is_last = self.num_rows == self.limit_rows
+                if is_last or len(chunk) == CHUNK_ROWS or num_characters > _CHUNK_CHARACTERS:
+                    yield from encoder.encode(chunk)
+                    chunk, num_characters = [], 0
+                    bar.update(source.num_bytes_scanned - bar.n)
+                if is_last:
+                    break
+            yield from encoder.encode(chunk)
+
+
+def _num_characters(record: Record) -> int:
+    if record.messages is None:
+        return len(record.prompt or "")
+    return sum(len(message["content"]) for message in record.messages)

@@ -1,0 +1,6 @@
+"""How the experts of one device are held and computed. Nothing here knows where other experts are."""
+
+from moe_lightning.experts.backends import BACKEND_NAMES, Backend, choose_backend
+from moe_lightning.experts.shard import ExpertShard
+
+__all__ = ["BACKEND_NAMES", "Backend", "ExpertShard", "choose_backend"]

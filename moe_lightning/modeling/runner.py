@@ -1,0 +1,111 @@
+"""ModelRunner: a loaded model, and the few ways in which tasks call it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from moe_lightning.modeling.seam import PaddingMask
+
+
+@dataclass(frozen=True, slots=True)
+class PaddedBatch:
+    """Token ids of several rows, padded to one length.
+
+    Attributes:
+        input_ids_BS: Token ids, on the model's device.
+        mask_BS: 1 for real tokens, on the model's device; None if no token is padding.
+        host_mask_BS: The same on the host.
+        position_ids_BS: Position of every token within its row.
+    """
+
+    input_ids_BS: Tensor
+    mask_BS: Tensor | None
+    host_mask_BS: Tensor | None
+    position_ids_BS: Tensor
+
+
+class ModelRunner:
+    """A loaded model with its tokenizer, as tasks see it.
+
+    Args:
+        model: The causal language model, its experts attached to dispatchers.
+        tokenizer: Its tokenizer.
+        padding: The model's padding mask, from ``seam.attach``.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, padding: PaddingMask
+    ) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.padding = padding
+        self._has_plain_head: bool | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs go."""
+        return self.model.get_input_embeddings().weight.device
+
+    def pad(self, rows: Sequence[Sequence[int]], *, side: str) -> PaddedBatch:
+        """Pad rows to the longest one.
+
+        Args:
+            rows: Token ids of each row; none is empty.
+            side: Where the padding goes, ``left`` or ``right``.
+
+        Returns:
+            The batch on the model's device.
+        """
+        width = max(map(len, rows))
+        ids_BS = torch.zeros(len(rows), width, dtype=torch.int64)
+        mask_BS = torch.zeros(len(rows), width, dtype=torch.int64)
+        for row, ids in enumerate(rows):
+            where = slice(width - len(ids), width) if side == "left" else slice(0, len(ids))
+            ids_BS[row, where] = torch.tensor(ids)
+            mask_BS[row, where] = 1
+        positions_BS = (mask_BS.cumsum(1) - 1).clamp_(min=0)
+        is_padded = any(len(ids) < width for ids in rows)
+        return PaddedBatch(
+            ids_BS.to(self.device, non_blocking=True),
+            mask_BS.to(self.device, non_blocking=True) if is_padded else None,
+            mask_BS if is_padded else None,
+            positions_BS.to(self.device, non_blocking=True),
+        )
+
+    def last_hidden_state(self, batch: PaddedBatch) -> Tensor:
+        """The output of the last layer after the final norm, ``[B, S, D]``."""
+        with self.padding.over(batch.host_mask_BS):
+            hidden_BSD: Tensor = self.model.base_model(
+                input_ids=batch.input_ids_BS,
+                attention_mask=batch.mask_BS,
+                position_ids=batch.position_ids_BS,
+                use_cache=False,
+            ).last_hidden_state
+        return hidden_BSD
+
+    def logits(self, batch: PaddedBatch) -> Tensor:
+        """Logits of every position, ``[B, S, V]``."""
+        with self.padding.over(batch.host_mask_BS):
+            logits_BSV: Tensor = self.model(
+                input_ids=batch.input_ids_BS,
+                attention_mask=batch.mask_BS,
+                position_ids=batch.position_ids_BS,
+                use_cache=False,
+            ).logits
+        return logits_BSV
+
+    def has_plain_head(self) -> bool:
+        """Whether logits are just the output embedding of the last hidden state, found by trying it once.
+
+        Most families; some scale or cap their logits. With a plain head, logits need not be made for all
+        positions at once, nor for padding.
+        """
+        if self._has_plain_head is None:
+            vocabulary = self.model.get_input_embeddings().num_embeddings
+            probe = self.pad([[token % vocabulary for token in range(1, 9)]], side="right")
+            plain = self.model.get_output_embeddings()(self.last_hidden_state(probe))
+            self._has_plain_head = torch.equal(plain, self.logits(probe))
+        return self._has_plain_head

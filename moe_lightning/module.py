@@ -1,0 +1,278 @@
+"""MoELightningModule: a Hugging Face MoE checkpoint as a LightningModule.
+
+    Trainer().predict(MoELightningModule("demo", task=Generate()), DataLoader(["To be, or", "Once upon"]))
+
+Nothing is loaded in the constructor; ``configure_model`` loads weights straight to the strategy's device.
+"""
+
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning as L
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from typing_extensions import override
+
+from moe_lightning.data.batches import as_row_batch
+from moe_lightning.data.encode import Encoder
+from moe_lightning.data.records import RowBatch
+from moe_lightning.dispatch import Dispatcher, LocalDispatcher, RoutingLog
+from moe_lightning.errors import CheckpointError, UsageError
+from moe_lightning.experts import ExpertShard, choose_backend
+from moe_lightning.experts.names import BackendName
+from moe_lightning.modeling.checkpoint import CheckpointView, open_checkpoint
+from moe_lightning.modeling.loading import load_model
+from moe_lightning.modeling.preflight import check_values
+from moe_lightning.modeling.runner import ModelRunner
+from moe_lightning.modeling.seam import MoELayer, attach
+from moe_lightning.modeling.tokenizer import load_tokenizer
+from moe_lightning.tally import Tally
+from moe_lightning.tasks import Generate, Task
+from moe_lightning.tasks.isolation import Predictions, run_isolated
+
+DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+class MoELightningModule(L.LightningModule):
+    """A mixture-of-experts checkpoint that predicts, and trains.
+
+    Args:
+        checkpoint: Directory of a Hugging Face checkpoint, a hub id, or "demo" for the small checkpoint that comes
+            with the package.
+        task: What predict computes for a row: Generate, Score or Embed, each with options of its own.
+        dtype: Precision of the weights and of the computation. "auto" is float32 on a CPU, and the checkpoint's own
+            on a GPU; fit trains in float32 unless told otherwise.
+        experts_backend: How experts are computed. "auto" picks the fastest for the device.
+        check_weights: Whether to read all weights once before loading and refuse NaN or infinite values.
+        optimizer: The optimizer of fit, with its options. The default is AdamW.
+        lr_scheduler: The learning-rate schedule of fit, stepped after every optimizer step. The default is none:
+            a constant learning rate.
+        aux_loss_weight: Weight of the family's own load-balancing loss in fit. The default is the checkpoint's
+            router_aux_loss_coef, or 0 for families that have none.
+        batch_budget_tokens: Tokens that may be in flight at once when rows come from your own dataloader; PromptData
+            brings its own budget.
+    """
+
+    def __init__(
+        self,
+        checkpoint: str = "demo",
+        *,
+        task: Task | None = None,
+        dtype: DtypeName = "auto",
+        experts_backend: BackendName = "auto",
+        check_weights: bool = False,
+        optimizer: OptimizerCallable = torch.optim.AdamW,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        aux_loss_weight: float | None = None,
+        batch_budget_tokens: int = 16384,
+    ) -> None:
+        super().__init__()
+        self.checkpoint = checkpoint
+        self.task = task if task is not None else Generate()
+        self.dtype_name = dtype
+        self.experts_backend = experts_backend
+        self.check_weights = check_weights
+        self.optimizer_factory = optimizer
+        self.lr_scheduler_factory = lr_scheduler
+        self.aux_loss_weight = aux_loss_weight
+        self.batch_budget_tokens = batch_budget_tokens
+        self.model: PreTrainedModel | None = None
+        self.runner: ModelRunner | None = None
+        self.routing_log = RoutingLog()
+        self.tally = Tally()
+        self._next_row = 0
+
+    # What can be known before any weight is loaded.
+
+    @cached_property
+    def view(self) -> CheckpointView:
+        """The opened checkpoint, its files checked."""
+        return open_checkpoint(self.checkpoint)
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The checkpoint's tokenizer."""
+        return load_tokenizer(self.view)
+
+    @cached_property
+    def encoder(self) -> Encoder:
+        """Turns prompts into token ids that this checkpoint can read."""
+        config = self.view.config.get_text_config()
+        return Encoder(
+            self.tokenizer,
+            max_positions=getattr(config, "max_position_embeddings", None),
+            vocab_size=config.vocab_size,
+            add_generation_prompt=self.task.add_generation_prompt,
+        )
+
+    # Loading.
+
+    @override
+    def configure_model(self) -> None:
+        """Load the model once; later calls do nothing."""
+        if self.model is not None:
+            return
+        if self.check_weights:
+            check_values(self.view)
+        device = self._trainer.strategy.root_device if self._trainer is not None else self.device
+        dtype = self._choose_dtype(device)
+        model = load_model(self.view, device=device, dtype=dtype)
+        padding = attach(model, lambda layer: self._dispatcher(layer, device))
+        self.model = model
+        self.runner = ModelRunner(model, self.tokenizer, padding)
+
+    def _choose_dtype(self, device: torch.device) -> torch.dtype:
+        if self.dtype_name != "auto":
+            dtype: torch.dtype = getattr(torch, self.dtype_name)
+            return dtype
+        is_training = self._trainer is not None and bool(self._trainer.training)
+        if device.type == "cpu" or is_training:
+            return torch.float32
+        return getattr(self.view.config.get_text_config(), "dtype", None) or torch.float32
+
+    def _dispatcher(self, layer: MoELayer, device: torch.device) -> Dispatcher:
+        backend = choose_backend(self.experts_backend, device=device)
+        shard = ExpertShard(
+            layer.experts, layer=layer.layer, expert_ids=range(layer.num_experts), backend=backend
+        )
+        return LocalDispatcher(shard, log=self.routing_log)
+
+    # Predicting.
+
+    @override
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """Rows stay on the host, where their batches are built; training batches move."""
+        if isinstance(batch, dict) and "labels" in batch:
+            return super().transfer_batch_to_device(batch, device, dataloader_idx)
+        return batch
+
+    @override
+    def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Predictions:
+        """Compute the task for one batch of rows.
+
+        Args:
+            batch: A RowBatch of PromptData, or what your own dataloader yields: a list of prompts, a list of dicts
+                with ``prompt`` or ``messages``, the dict of lists that PyTorch collates from such dicts, or a dict
+                with ``input_ids`` and ``attention_mask``.
+            batch_idx: Number of the batch.
+            dataloader_idx: Number of the dataloader.
+
+        Returns:
+            One dict per row, in the order of the batch; a row that failed has the keys of ``errors.jsonl``.
+
+        Raises:
+            CheckpointError: If every row of the first batch gives NaN, which is the weights' fault.
+        """
+        assert self.runner is not None, "configure_model has not run"
+        rows = as_row_batch(batch, self.encoder, index=batch_idx, first_id=self._next_row)
+        if rows is not batch:
+            self._next_row += len(rows.rows) + len(rows.errors)
+        predictions = run_isolated(
+            self.task, self.runner, rows, budget_tokens=self._budget_tokens(), progress=self.tally.add
+        )
+        if self.tally.num_batches == 0 and predictions.num_not_finite == len(rows.rows) > 0:
+            raise CheckpointError(
+                f"{self.checkpoint}: the model gives NaN for every row of the first batch. Its weights are bad, or "
+                f"too large for {self.model.dtype if self.model else self.dtype_name}. Find the tensor with "
+                "--model.check_weights true, or try --model.dtype float32."
+            )
+        self.tally.end_batch(num_errors=predictions.num_errors)
+        return predictions
+
+    def _budget_tokens(self) -> int:
+        datamodule = getattr(self._trainer, "datamodule", None)
+        return int(getattr(datamodule, "max_batch_tokens", self.batch_budget_tokens))
+
+    @override
+    def on_predict_start(self) -> None:
+        self.tally.reset()
+        self._next_row = 0
+
+    # Training.
+
+    @override
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        """Next-token loss plus the family's load-balancing loss.
+
+        Args:
+            batch: ``input_ids``, ``labels`` (-100: no loss), ``position_ids`` and optionally ``attention_mask``,
+                each ``[B, S]``.
+            batch_idx: Number of the batch.
+
+        Returns:
+            The loss.
+        """
+        loss, aux_loss = self._losses(batch)
+        self.log("train_loss", loss, prog_bar=True)
+        if aux_loss is not None:
+            self.log("train_aux_loss", aux_loss)
+            return loss + self._aux_loss_weight() * aux_loss
+        return loss
+
+    @override
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Next-token loss of held-out text, weighted by tokens.
+
+        Args:
+            batch: As for training.
+            batch_idx: Number of the batch.
+            dataloader_idx: Number of the dataloader.
+        """
+        num_targets = int((batch["labels"][:, 1:] != -100).sum())
+        if num_targets:
+            loss, _ = self._losses(batch, with_aux_loss=False)
+            self.log("val_loss", loss, prog_bar=True, batch_size=num_targets, sync_dist=True)
+
+    def _losses(self, batch: dict[str, Tensor], *, with_aux_loss: bool = True) -> tuple[Tensor, Tensor | None]:
+        assert self.model is not None, "configure_model has not run"
+        output = self.model(
+            input_ids=batch["input_ids"],
+            attention_mask=batch.get("attention_mask"),
+            position_ids=batch.get("position_ids"),
+            use_cache=False,
+            **({"output_router_logits": True} if with_aux_loss and self._aux_loss_weight() else {}),
+        )
+        logits_NV = output.logits[:, :-1].flatten(0, 1).float()
+        loss = torch.nn.functional.cross_entropy(logits_NV, batch["labels"][:, 1:].flatten())
+        return loss, getattr(output, "aux_loss", None)
+
+    def _aux_loss_weight(self) -> float:
+        if self.aux_loss_weight is not None:
+            return self.aux_loss_weight
+        return float(getattr(self.view.config.get_text_config(), "router_aux_loss_coef", 0.0) or 0.0)
+
+    @override
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """The optimizer and schedule over the parameters that train."""
+        optimizer = self.optimizer_factory([p for p in self.parameters() if p.requires_grad])
+        if self.lr_scheduler_factory is None:
+            return optimizer
+        scheduler = self.lr_scheduler_factory(optimizer)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    # Saving.
+
+    def export(self, directory: str | Path) -> None:
+        """Write the model as a Hugging Face directory that plain ``from_pretrained`` loads.
+
+        Args:
+            directory: Where to; made if missing.
+
+        Raises:
+            UsageError: If there is no model yet, or the directory holds a checkpoint already.
+        """
+        target = Path(directory)
+        if self.model is None:
+            raise UsageError("There is no model to export: call configure_model, or fit, first.")
+        if (target / "config.json").exists():
+            raise UsageError(f"{target} holds a checkpoint already. Choose another directory, or remove it.")
+        target.mkdir(parents=True, exist_ok=True)
+        self.model.save_pretrained(target)
+        self.tokenizer.save_pretrained(target)
+
+

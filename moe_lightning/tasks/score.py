@@ -1,0 +1,66 @@
+"""Score: the log-probability of a row's tokens."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from moe_lightning.data.records import Row, RowError
+from moe_lightning.modeling.runner import ModelRunner, PaddedBatch
+from moe_lightning.tasks.task import Progress, Task, not_finite
+
+CHUNK_TOKENS = 256  # logits of this many tokens at a time stay in a CPU's cache and small on a GPU
+
+
+class Score(Task):
+    """Sum of the natural log-probabilities of every token of a row after its first."""
+
+    @override
+    def run(
+        self, runner: ModelRunner, rows: Sequence[Row], *, budget_tokens: int, progress: Progress
+    ) -> list[dict[str, Any] | RowError]:
+        batch = runner.pad([row.token_ids for row in rows], side="right")
+        lengths = [len(row.token_ids) for row in rows]
+        logprobs = _sum_by_row(_token_logprobs(runner, batch, lengths), lengths)
+        progress(len(rows), sum(lengths), 0, batch.input_ids_BS.numel() - sum(lengths))
+        return [
+            _answer(row, logprob, length) for row, logprob, length in zip(rows, logprobs, lengths, strict=True)
+        ]
+
+
+def _answer(row: Row, logprob: float, num_tokens: int) -> dict[str, Any] | RowError:
+    if not math.isfinite(logprob):
+        return not_finite(row, "log-probabilities")
+    mean = logprob / (num_tokens - 1) if num_tokens > 1 else 0.0
+    # A perplexity beyond floating point is reported as the largest number, not as an error.
+    perplexity = math.exp(min(-mean, 709.0))
+    return {"id": row.id, "logprob": logprob, "num_tokens": num_tokens, "perplexity": perplexity}
+
+
+def _token_logprobs(runner: ModelRunner, batch: PaddedBatch, lengths: Sequence[int]) -> Tensor:
+    """Log-probability of every token after its row's first, row after row, ``[sum(length - 1)]`` in fp32."""
+    width = batch.input_ids_BS.shape[1]
+    # Flat positions of the tokens that predict another one.
+    source_N = torch.cat([torch.arange(n - 1) + row * width for row, n in enumerate(lengths)]).to(runner.device)
+    target_N = batch.input_ids_BS.reshape(-1)[source_N + 1]
+    if runner.has_plain_head():
+        hidden_ND = runner.last_hidden_state(batch).flatten(0, 1)[source_N]
+        head = runner.model.get_output_embeddings()
+        chunks = zip(hidden_ND.split(CHUNK_TOKENS), target_N.split(CHUNK_TOKENS), strict=True)
+        return torch.cat([_logprob(head(hidden), target) for hidden, target in chunks])
+    logits_NV = runner.logits(batch).flatten(0, 1)
+    chunks = zip(source_N.split(CHUNK_TOKENS), target_N.split(CHUNK_TOKENS), strict=True)
+    return torch.cat([_logprob(logits_NV[source], target) for source, target in chunks])
+
+
+def _logprob(logits_NV: Tensor, target_N: Tensor) -> Tensor:
+    logits_NV = logits_NV.float()
+    return logits_NV.gather(1, target_N[:, None]).squeeze(1) - logits_NV.logsumexp(1)
+
+
+def _sum_by_row(logprobs_N: Tensor, lengths: Sequence[int]) -> list[float]:
+    pieces = logprobs_N.double().cpu().split([n - 1 for n in lengths])
+    return [float(piece.sum()) for piece in pieces]
