@@ -1,7 +1,8 @@
-"""Hugging Face mixture-of-experts checkpoints in PyTorch Lightning, the experts wherever there is room.
+"""Hugging Face mixture-of-experts checkpoints in PyTorch Lightning, the experts wherever there is
+room.
 
-The public names are loaded when they are first used, so that ``import moe_lightning.data.readers`` (and
-everything else that needs no torch) stays quick.
+The public names are loaded when they are first used, so that ``import moe_lightning.data.readers``
+(and everything else that needs no torch) stays quick.
 """
 
 from importlib import import_module

@@ -9,7 +9,8 @@ from typing import IO
 
 @contextmanager
 def atomic_writer(path: Path) -> Iterator[IO[bytes]]:
-    """Open a temporary file beside ``path`` that takes its name when the block ends well, and is removed otherwise.
+    """Open a temporary file beside ``path`` that takes its name when the block ends well, and is
+    removed otherwise.
 
     Args:
         path: The file to write; its directory exists.

@@ -1,11 +1,12 @@
 """MoELightningModule: a Hugging Face MoE checkpoint as a LightningModule.
 
-    Trainer().predict(MoELightningModule("demo", task=Generate()), DataLoader(["To be, or", "Once upon"]))
+    Trainer().predict(MoELightningModule("demo", task=Generate()), DataLoader(["To be, or", "Once
+    upon"]))
 
-Nothing is loaded in the constructor; ``configure_model`` loads weights straight to the strategy's device.
+Nothing is loaded in the constructor; ``configure_model`` loads weights straight to the strategy's
+device.
 """
 
-from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -20,7 +21,6 @@ from typing_extensions import override
 
 from moe_lightning.data.batches import as_row_batch
 from moe_lightning.data.encode import Encoder
-from moe_lightning.data.records import RowBatch
 from moe_lightning.dispatch import Dispatcher, LocalDispatcher, RoutingLog
 from moe_lightning.errors import CheckpointError, UsageError
 from moe_lightning.experts import ExpertShard, choose_backend
@@ -42,20 +42,22 @@ class MoELightningModule(L.LightningModule):
     """A mixture-of-experts checkpoint that predicts, and trains.
 
     Args:
-        checkpoint: Directory of a Hugging Face checkpoint, a hub id, or "demo" for the small checkpoint that comes
-            with the package.
-        task: What predict computes for a row: Generate, Score or Embed, each with options of its own.
-        dtype: Precision of the weights and of the computation. "auto" is float32 on a CPU, and the checkpoint's own
-            on a GPU; fit trains in float32 unless told otherwise.
+        checkpoint: Directory of a Hugging Face checkpoint, a hub id, or "demo" for the small
+            checkpoint that comes with the package.
+        task: What predict computes for a row: Generate, Score or Embed, each with options of its
+            own.
+        dtype: Precision of the weights and of the computation. "auto" is float32 on a CPU, and the
+            checkpoint's own on a GPU; fit trains in float32 unless told otherwise.
         experts_backend: How experts are computed. "auto" picks the fastest for the device.
-        check_weights: Whether to read all weights once before loading and refuse NaN or infinite values.
+        check_weights: Whether to read all weights once before loading and refuse NaN or infinite
+            values.
         optimizer: The optimizer of fit, with its options. The default is AdamW.
-        lr_scheduler: The learning-rate schedule of fit, stepped after every optimizer step. The default is none:
-            a constant learning rate.
-        aux_loss_weight: Weight of the family's own load-balancing loss in fit. The default is the checkpoint's
-            router_aux_loss_coef, or 0 for families that have none.
-        batch_budget_tokens: Tokens that may be in flight at once when rows come from your own dataloader; PromptData
-            brings its own budget.
+        lr_scheduler: The learning-rate schedule of fit, stepped after every optimizer step. The
+            default is none: a constant learning rate.
+        aux_loss_weight: Weight of the family's own load-balancing loss in fit. The default is the
+            checkpoint's router_aux_loss_coef, or 0 for families that have none.
+        batch_budget_tokens: Tokens that may be in flight at once when rows come from your own
+            dataloader; PromptData brings its own budget.
     """
 
     def __init__(
@@ -145,7 +147,9 @@ class MoELightningModule(L.LightningModule):
     # Predicting.
 
     @override
-    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+    def transfer_batch_to_device(
+        self, batch: Any, device: torch.device, dataloader_idx: int
+    ) -> Any:
         """Rows stay on the host, where their batches are built; training batches move."""
         if isinstance(batch, dict) and "labels" in batch:
             return super().transfer_batch_to_device(batch, device, dataloader_idx)
@@ -156,14 +160,15 @@ class MoELightningModule(L.LightningModule):
         """Compute the task for one batch of rows.
 
         Args:
-            batch: A RowBatch of PromptData, or what your own dataloader yields: a list of prompts, a list of dicts
-                with ``prompt`` or ``messages``, the dict of lists that PyTorch collates from such dicts, or a dict
-                with ``input_ids`` and ``attention_mask``.
+            batch: A RowBatch of PromptData, or what your own dataloader yields: a list of prompts,
+                a list of dicts with ``prompt`` or ``messages``, the dict of lists that PyTorch
+                collates from such dicts, or a dict with ``input_ids`` and ``attention_mask``.
             batch_idx: Number of the batch.
             dataloader_idx: Number of the dataloader.
 
         Returns:
-            One dict per row, in the order of the batch; a row that failed has the keys of ``errors.jsonl``.
+            One dict per row, in the order of the batch; a row that failed has the keys of
+            ``errors.jsonl``.
 
         Raises:
             CheckpointError: If every row of the first batch gives NaN, which is the weights' fault.
@@ -173,12 +178,18 @@ class MoELightningModule(L.LightningModule):
         if rows is not batch:
             self._next_row += len(rows.rows) + len(rows.errors)
         predictions = run_isolated(
-            self.task, self.runner, rows, budget_tokens=self._budget_tokens(), progress=self.tally.add
+            self.task,
+            self.runner,
+            rows,
+            budget_tokens=self._budget_tokens(),
+            progress=self.tally.add,
         )
         if self.tally.num_batches == 0 and predictions.num_not_finite == len(rows.rows) > 0:
             raise CheckpointError(
-                f"{self.checkpoint}: the model gives NaN for every row of the first batch. Its weights are bad, or "
-                f"too large for {self.model.dtype if self.model else self.dtype_name}. Find the tensor with "
+                f"{self.checkpoint}: the model gives NaN for every row of the first batch. Its "
+                "weights are bad, or "
+                f"too large for {self.model.dtype if self.model else self.dtype_name}. Find the "
+                "tensor with "
                 "--model.check_weights true, or try --model.dtype float32."
             )
         self.tally.end_batch(num_errors=predictions.num_errors)
@@ -200,8 +211,8 @@ class MoELightningModule(L.LightningModule):
         """Next-token loss plus the family's load-balancing loss.
 
         Args:
-            batch: ``input_ids``, ``labels`` (-100: no loss), ``position_ids`` and optionally ``attention_mask``,
-                each ``[B, S]``.
+            batch: ``input_ids``, ``labels`` (-100: no loss), ``position_ids`` and optionally
+                ``attention_mask``, each ``[B, S]``.
             batch_idx: Number of the batch.
 
         Returns:
@@ -215,7 +226,9 @@ class MoELightningModule(L.LightningModule):
         return loss
 
     @override
-    def validation_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
+    def validation_step(
+        self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
         """Next-token loss of held-out text, weighted by tokens.
 
         Args:
@@ -228,7 +241,9 @@ class MoELightningModule(L.LightningModule):
             loss, _ = self._losses(batch, with_aux_loss=False)
             self.log("val_loss", loss, prog_bar=True, batch_size=num_targets, sync_dist=True)
 
-    def _losses(self, batch: dict[str, Tensor], *, with_aux_loss: bool = True) -> tuple[Tensor, Tensor | None]:
+    def _losses(
+        self, batch: dict[str, Tensor], *, with_aux_loss: bool = True
+    ) -> tuple[Tensor, Tensor | None]:
         assert self.model is not None, "configure_model has not run"
         output = self.model(
             input_ids=batch["input_ids"],
@@ -244,7 +259,9 @@ class MoELightningModule(L.LightningModule):
     def _aux_loss_weight(self) -> float:
         if self.aux_loss_weight is not None:
             return self.aux_loss_weight
-        return float(getattr(self.view.config.get_text_config(), "router_aux_loss_coef", 0.0) or 0.0)
+        return float(
+            getattr(self.view.config.get_text_config(), "router_aux_loss_coef", 0.0) or 0.0
+        )
 
     @override
     def configure_optimizers(self) -> OptimizerLRScheduler:
@@ -253,7 +270,10 @@ class MoELightningModule(L.LightningModule):
         if self.lr_scheduler_factory is None:
             return optimizer
         scheduler = self.lr_scheduler_factory(optimizer)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
+        }
 
     # Saving.
 
@@ -270,9 +290,9 @@ class MoELightningModule(L.LightningModule):
         if self.model is None:
             raise UsageError("There is no model to export: call configure_model, or fit, first.")
         if (target / "config.json").exists():
-            raise UsageError(f"{target} holds a checkpoint already. Choose another directory, or remove it.")
+            raise UsageError(
+                f"{target} holds a checkpoint already. Choose another directory, or remove it."
+            )
         target.mkdir(parents=True, exist_ok=True)
         self.model.save_pretrained(target)
         self.tokenizer.save_pretrained(target)
-
-

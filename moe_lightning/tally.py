@@ -1,4 +1,4 @@
-"""Tally: what a run has done so far, counted where it happens and read by progress bars and summaries."""
+"""Tally: what a run has done so far, for progress bars and summaries."""
 
 import time
 from collections.abc import Callable

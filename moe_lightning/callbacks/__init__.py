@@ -2,6 +2,7 @@
 
 from moe_lightning.callbacks.prediction_writer import PredictionWriter
 from moe_lightning.callbacks.row_progress_bar import RowProgressBar
+from moe_lightning.callbacks.save_checkpoints import SaveCheckpoints
 from moe_lightning.callbacks.throughput import Throughput
 
-__all__ = ["PredictionWriter", "RowProgressBar", "Throughput"]
+__all__ = ["PredictionWriter", "RowProgressBar", "SaveCheckpoints", "Throughput"]

@@ -40,7 +40,9 @@ class Parts:
                 for line in file:
                     row, kind, _ = line.split(b"\t", 2)
                     skip = len(row) + len(kind) + 2
-                    found.extend((int(row), kind == b"ok", number, offset + skip, len(line) - skip - 1))
+                    found.extend(
+                        (int(row), kind == b"ok", number, offset + skip, len(line) - skip - 1)
+                    )
                     offset += len(line)
         places = np.array(found, dtype=np.int64).reshape(-1, 5)
         self._places = places[np.argsort(places[:, 0], kind="stable")]
@@ -90,7 +92,9 @@ def write_parquet(parts: Parts, path: Path) -> None:
         parts: The parts.
         path: The file to write.
     """
-    has_text_ids = any(not isinstance(json.loads(parts.read(row))["id"], int) for row in parts.rows_ok)
+    has_text_ids = any(
+        not isinstance(json.loads(parts.read(row))["id"], int) for row in parts.rows_ok
+    )
     with atomic_writer(path) as file:
         writer: pq.ParquetWriter | None = None
         for rows in _chunks(parts):

@@ -1,4 +1,4 @@
-"""PredictionWriter: one part file per planned batch while predict runs, one file in input order at its end."""
+"""PredictionWriter: one part file per batch, then one file in input order."""
 
 import json
 import shutil
@@ -18,7 +18,8 @@ PARTS = "parts"
 
 
 class PredictionWriter(BasePredictionWriter):
-    """Writes ``predictions.jsonl`` (or ``.parquet``) in input order, and ``errors.jsonl`` if rows failed.
+    """Writes ``predictions.jsonl`` (or ``.parquet``) in input order, and ``errors.jsonl`` if rows
+    failed.
 
     Every rank writes the parts of its own batches; the first rank merges them when all are done.
 
@@ -27,7 +28,9 @@ class PredictionWriter(BasePredictionWriter):
         format: Format of the predictions.
     """
 
-    def __init__(self, output_dir: str | None = None, format: Literal["jsonl", "parquet"] = "jsonl") -> None:
+    def __init__(
+        self, output_dir: str | None = None, format: Literal["jsonl", "parquet"] = "jsonl"
+    ) -> None:
         super().__init__(write_interval="batch")
         self.output_dir = output_dir
         self.format = format
@@ -37,14 +40,17 @@ class PredictionWriter(BasePredictionWriter):
         super().setup(trainer, pl_module, stage)
         if stage != "predict":
             return
-        self._directory = Path(trainer.strategy.broadcast(self.output_dir or trainer.default_root_dir))
+        self._directory = Path(
+            trainer.strategy.broadcast(self.output_dir or trainer.default_root_dir)
+        )
         if trainer.is_global_zero:
             try:
                 shutil.rmtree(self._directory / PARTS, ignore_errors=True)
                 (self._directory / PARTS).mkdir(parents=True)
             except OSError as error:
                 raise UsageError(
-                    f"--output_dir {self._directory}: cannot write there ({error.strerror}). Choose another directory."
+                    f"--output_dir {self._directory}: cannot write there ({error.strerror}). "
+                    "Choose another directory."
                 ) from error
         trainer.strategy.barrier("parts directory")
 
@@ -59,7 +65,9 @@ class PredictionWriter(BasePredictionWriter):
         batch_idx: int,
         dataloader_idx: int,
     ) -> None:
-        assert isinstance(prediction, Predictions), "PredictionWriter writes what MoELightningModule predicts"
+        assert isinstance(prediction, Predictions), (
+            "PredictionWriter writes what MoELightningModule predicts"
+        )
         # Lightning's batch indices are unreliable (#10782, #13580); the batch knows its own number.
         number = getattr(batch, "index", batch_idx)
         with atomic_writer(self._directory / PARTS / f"{dataloader_idx}-{number:08d}.part") as file:
@@ -78,10 +86,14 @@ class PredictionWriter(BasePredictionWriter):
             return
         datamodule = getattr(trainer, "datamodule", None)
         parts = Parts(self._directory / PARTS)
-        input_errors = {error.row: to_json(error.to_json()) for error in getattr(datamodule, "row_errors", ())}
+        input_errors = {
+            error.row: to_json(error.to_json()) for error in getattr(datamodule, "row_errors", ())
+        }
         num_rows = getattr(datamodule, "num_rows", None)
         num_written = len(parts.rows_ok) + len(parts.rows_failed) + len(input_errors)
-        assert num_rows is None or num_rows == num_written, f"{num_rows} rows in, but {num_written} rows out"
+        assert num_rows is None or num_rows == num_written, (
+            f"{num_rows} rows in, but {num_written} rows out"
+        )
         write = write_parquet if self.format == "parquet" else write_jsonl
         write(parts, self._directory / f"predictions.{self.format}")
         self._write_errors(parts, input_errors)
@@ -97,7 +109,7 @@ class PredictionWriter(BasePredictionWriter):
 
 
 def to_json(row: dict[str, Any]) -> str:
-    """One line of JSON, every character as itself (lone surrogates, which UTF-8 has not, are escaped)."""
+    """One line of JSON, every character as itself; escaped where UTF-8 cannot (surrogates)."""
     text = json.dumps(row, ensure_ascii=False)
     try:
         text.encode()

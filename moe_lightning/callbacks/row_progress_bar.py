@@ -10,6 +10,7 @@ from tqdm.auto import tqdm
 from typing_extensions import override
 
 REFRESH_S = 0.2
+BAR_FORMAT = "{desc}: {n_fmt}/{total_fmt} rows |{bar}| {elapsed}<{remaining}, {rate_fmt}{postfix}"
 
 
 class RowProgressBar(TQDMProgressBar):
@@ -29,7 +30,7 @@ class RowProgressBar(TQDMProgressBar):
             disable=self.is_disabled,
             file=sys.stderr,
             dynamic_ncols=True,
-            bar_format="{desc}: {n_fmt}/{total_fmt} rows |{bar}| {elapsed}<{remaining}, {rate_fmt}{postfix}",
+            bar_format=BAR_FORMAT,
         )
         self._shown_s = 0.0
         if self._tally is not None:

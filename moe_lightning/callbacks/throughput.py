@@ -1,4 +1,4 @@
-"""Throughput: what a predict run did, how fast, on what; printed at the end and written to ``run.json``."""
+"""Throughput: what a predict run did, how fast, and on what."""
 
 import importlib.metadata
 import json
@@ -42,7 +42,9 @@ class Throughput(Callback):
             print(_summary(report), file=sys.stderr)
 
     @override
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
         if trainer.is_global_zero and trainer.predicting:
             is_interrupt = isinstance(exception, KeyboardInterrupt)
             reason = "interrupted" if is_interrupt else f"{type(exception).__name__}: {exception}"
@@ -52,11 +54,15 @@ class Throughput(Callback):
     def _counts(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, float]:
         own = _own_counts(trainer, pl_module)
         elapsed_s = own.pop("elapsed_s")
-        total = trainer.strategy.reduce(torch.tensor(list(own.values()), dtype=torch.float64), reduce_op="sum")
+        total = trainer.strategy.reduce(
+            torch.tensor(list(own.values()), dtype=torch.float64), reduce_op="sum"
+        )
         counts = dict(zip(own, torch.as_tensor(total).tolist(), strict=True))
         return counts | {"elapsed_s": elapsed_s}
 
-    def _write(self, trainer: Trainer, counts: dict[str, float], exit_reason: str) -> dict[str, Any]:
+    def _write(
+        self, trainer: Trainer, counts: dict[str, float], exit_reason: str
+    ) -> dict[str, Any]:
         directory = Path(self.output_dir or trainer.default_root_dir)
         elapsed_s = counts["elapsed_s"]
         tokens = counts["num_prompt_tokens"] + counts["num_new_tokens"]
@@ -71,7 +77,9 @@ class Throughput(Callback):
             "num_errors": num_failed,
             "num_prompt_tokens": int(counts["num_prompt_tokens"]),
             "num_new_tokens": int(counts["num_new_tokens"]),
-            "padding_share": round(counts["num_padding_tokens"] / max(1, tokens + counts["num_padding_tokens"]), 4),
+            "padding_share": round(
+                counts["num_padding_tokens"] / max(1, tokens + counts["num_padding_tokens"]), 4
+            ),
             "rows_per_s": round(counts["num_rows"] / max(elapsed_s, 1e-9), 2),
             "tokens_per_s": round(tokens / max(elapsed_s, 1e-9), 1),
             "strategy": type(trainer.strategy).__name__,
@@ -90,7 +98,14 @@ class Throughput(Callback):
 
 
 def _own_counts(trainer: Trainer, pl_module: LightningModule) -> dict[str, float]:
-    names = ("num_rows", "num_errors", "num_prompt_tokens", "num_new_tokens", "num_padding_tokens", "elapsed_s")
+    names = (
+        "num_rows",
+        "num_errors",
+        "num_prompt_tokens",
+        "num_new_tokens",
+        "num_padding_tokens",
+        "elapsed_s",
+    )
     tally = getattr(pl_module, "tally", None)
     return {name: float(getattr(tally, name, 0)) for name in names}
 
@@ -104,7 +119,8 @@ def _devices(trainer: Trainer) -> list[str]:
 
 def _summary(report: dict[str, Any]) -> str:
     lines = [
-        f"{report['num_predictions']:,} of {report['num_rows']:,} rows answered in {report['elapsed_s']:.1f} s: "
+        f"{report['num_predictions']:,} of {report['num_rows']:,} rows answered in "
+        f"{report['elapsed_s']:.1f} s: "
         f"{report['num_prompt_tokens']:,} prompt + {report['num_new_tokens']:,} new tokens, "
         f"{report['tokens_per_s']:,.0f} tokens/s",
         f"predictions: {report['output_dir']}",

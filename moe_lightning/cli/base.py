@@ -1,4 +1,4 @@
-"""What the verbs share: a LightningCLI without subcommands, shipped configs, and the output directory."""
+"""What the verbs share: a LightningCLI without subcommands, and shipped configs."""
 
 import os
 from collections.abc import Sequence
@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-from jsonargparse import Namespace, lazy_instance
+from jsonargparse import Namespace
+from jsonargparse.typing import lazy_instance
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import CSVLogger
 from typing_extensions import override
 
 from moe_lightning.errors import MoELightningError, UsageError
@@ -25,7 +27,8 @@ def config_directory() -> Path:
 
 
 def resolve_configs(arguments: Sequence[str]) -> list[str]:
-    """Replace names of shipped configs by their paths; files of that name in the working directory come first.
+    """Replace names of shipped configs by their paths; files of that name in the working directory
+    come first.
 
     Args:
         arguments: The command line after the verb.
@@ -52,7 +55,9 @@ def _find_config(name: str) -> str:
     if shipped.is_file():
         return str(shipped)
     names = ", ".join(sorted(path.name for path in config_directory().glob("*.yaml")))
-    raise UsageError(f"--config {name}: no such file here, and no shipped config of that name. Shipped: {names}.")
+    raise UsageError(
+        f"--config {name}: no such file here, and no shipped config of that name. Shipped: {names}."
+    )
 
 
 class SaveConfig(SaveConfigCallback):
@@ -69,12 +74,14 @@ class SaveConfig(SaveConfigCallback):
 
 
 class MoECLI(LightningCLI):
-    """One verb's command line: parses, checks the output directory, and builds module, data and trainer.
+    """One verb's command line: parses, checks the output directory, and builds module, data and
+    trainer.
 
     Args:
         datamodule_class: The verb's data.
         output_dir: Default of ``--output_dir``.
-        callbacks: Callback classes with options, by name of their options.
+        callbacks: Callback classes with options, by name of their options; each is told the output
+            directory by the parameter named.
         trainer_defaults: Defaults of ``--trainer.*``.
         arguments: The command line after the verb.
     """
@@ -84,7 +91,7 @@ class MoECLI(LightningCLI):
         *,
         datamodule_class: type[L.LightningDataModule],
         output_dir: str,
-        callbacks: dict[str, type[L.Callback]],
+        callbacks: dict[str, tuple[type[L.Callback], str]],
         trainer_defaults: dict[str, Any],
         arguments: Sequence[str],
     ) -> None:
@@ -116,12 +123,13 @@ class MoECLI(LightningCLI):
             "--ckpt_path",
             type=str | None,
             default=None,
-            help="A training checkpoint of fit to start from. The default is the weights of --model.checkpoint.",
+            help="A training checkpoint of fit to start from. The default is the weights of "
+            "--model.checkpoint.",
         )
         parser.link_arguments("output_dir", "trainer.default_root_dir")
-        for name, callback in self._configurable_callbacks.items():
+        for name, (callback, parameter) in self._configurable_callbacks.items():
             parser.add_lightning_class_args(callback, name)
-            parser.link_arguments("output_dir", f"{name}.output_dir")
+            parser.link_arguments("output_dir", f"{name}.{parameter}")
         parser.set_defaults({"model.task": lazy_instance(Generate)})
 
     @override
@@ -130,9 +138,13 @@ class MoECLI(LightningCLI):
         try:
             directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UsageError(f"--output_dir {directory}: cannot be made ({error.strerror}).") from error
+            raise UsageError(
+                f"--output_dir {directory}: cannot be made ({error.strerror})."
+            ) from error
         if not os.access(directory, os.W_OK):
-            raise UsageError(f"--output_dir {directory}: no permission to write there. Choose another directory.")
+            raise UsageError(
+                f"--output_dir {directory}: no permission to write there. Choose another directory."
+            )
         ckpt_path = self.config.ckpt_path
         if ckpt_path is not None and not Path(ckpt_path).exists():
             raise UsageError(f"--ckpt_path {ckpt_path}: no such checkpoint.")
@@ -143,11 +155,24 @@ class MoECLI(LightningCLI):
             super().instantiate_classes()
         except MoELightningError:
             raise
-        except (ValueError, TypeError, ImportError, L.fabric.utilities.exceptions.MisconfigurationException) as error:
+        except (
+            ValueError,
+            TypeError,
+            ImportError,
+            L.fabric.utilities.exceptions.MisconfigurationException,
+        ) as error:
             # What options mean together is checked by the classes they go to.
             raise UsageError(str(error)) from error
+
+    @override
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        if self.config.trainer.logger in (None, True):
+            # Lightning's default would write into the working directory, or need TensorBoard.
+            kwargs["logger"] = CSVLogger(self.config.output_dir, name="", version="logs")
+        return super().instantiate_trainer(**kwargs)
 
     @property
     def options(self) -> Namespace:
         """The parsed options."""
-        return self.config
+        config: Namespace = self.config
+        return config

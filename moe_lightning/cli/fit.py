@@ -15,5 +15,7 @@ def run(arguments: Sequence[str]) -> int:
         0.
     """
     cli = training_cli(arguments, output_dir="./outputs/fit")
-    cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=cli.options.ckpt_path, weights_only=True)
+    cli.trainer.fit(
+        cli.model, datamodule=cli.datamodule, ckpt_path=cli.options.ckpt_path, weights_only=True
+    )
     return 0

@@ -1,7 +1,7 @@
 """From a command line to an exit code: picks the verb, and turns errors into messages.
 
-Exit codes: 0 all rows done, 2 bad command line or config, 3 done with some rows in errors.jsonl, 4 bad checkpoint or
-model, 5 interrupted, 1 anything else.
+Exit codes: 0 all rows done, 2 bad command line or config, 3 done with some rows in errors.jsonl, 4
+bad checkpoint or model, 5 interrupted, 1 anything else.
 """
 
 import logging
@@ -69,7 +69,7 @@ def _fail(message: str, code: int) -> int:
 
 
 def _quieten() -> None:
-    """Keep to what a user can act on; the libraries' chatter is back with MOE_LIGHTNING_VERBOSE=1."""
+    """Keep to what a user can act on; MOE_LIGHTNING_VERBOSE=1 brings the chatter back."""
     if os.environ.get("MOE_LIGHTNING_VERBOSE"):
         return
     for name in ("lightning.pytorch", "lightning.fabric", "transformers"):

@@ -21,7 +21,7 @@ def run(arguments: Sequence[str]) -> int:
     cli = MoECLI(
         datamodule_class=PromptData,
         output_dir="./outputs/predict",
-        callbacks={"writer": PredictionWriter},
+        callbacks={"writer": (PredictionWriter, "output_dir")},
         trainer_defaults={
             "logger": False,
             "enable_checkpointing": False,

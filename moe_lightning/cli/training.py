@@ -2,9 +2,7 @@
 
 from collections.abc import Sequence
 
-from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
-from lightning.pytorch.loggers import CSVLogger
-
+from moe_lightning.callbacks import SaveCheckpoints
 from moe_lightning.cli.base import MoECLI
 from moe_lightning.data.finetune import TextData
 
@@ -22,7 +20,7 @@ def training_cli(arguments: Sequence[str], *, output_dir: str) -> MoECLI:
     return MoECLI(
         datamodule_class=TextData,
         output_dir=output_dir,
-        callbacks={},
+        callbacks={"save": (SaveCheckpoints, "output_dir")},
         trainer_defaults={"devices": 1, "enable_model_summary": False},
         arguments=arguments,
     )

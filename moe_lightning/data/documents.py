@@ -130,7 +130,9 @@ class DocumentFile:
             try:
                 row = json.loads(raw.decode("utf-8-sig" if line == 1 else "utf-8"))
             except UnicodeDecodeError as error:
-                raise self.error(line, f"is not UTF-8 ({error.reason}): convert the file.") from None
+                raise self.error(
+                    line, f"is not UTF-8 ({error.reason}): convert the file."
+                ) from None
             except (json.JSONDecodeError, RecursionError) as error:
                 raise self.error(
                     line,
@@ -186,7 +188,9 @@ class DocumentFile:
             try:
                 text = decoder.decode(raw, final=not raw).replace("\r\n", "\n")
             except UnicodeDecodeError as error:
-                raise self.error(line, f"is not UTF-8 ({error.reason}): convert the file.") from None
+                raise self.error(
+                    line, f"is not UTF-8 ({error.reason}): convert the file."
+                ) from None
             if not raw or text.rstrip("\n") == SEPARATOR:
                 whole = "".join(lines).strip("\n") if is_start else "".join(lines).rstrip("\n")
                 if whole.strip() or not is_start:

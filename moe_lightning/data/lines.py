@@ -19,7 +19,7 @@ from moe_lightning.errors import UsageError
 
 MAX_LINE_BYTES = 64 * 2**20
 _BOM = b"\xef\xbb\xbf"
-_SKIP_BYTES = 2**20
+_SKIP_BYTES = 2**16
 
 
 class LineSource(RowSource):

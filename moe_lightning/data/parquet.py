@@ -50,8 +50,8 @@ class ParquetSource(RowSource):
             return pq.ParquetFile(self.path)
         except Exception as error:
             raise UsageError(
-                f"{self.path} cannot be read as Parquet ({error}); it may be cut short or of "
-                "another format. Write it again, or name its format with --data.format."
+                f"{self.path} cannot be read as Parquet ({_one_line(error)}); it is cut short or "
+                "of another format. Write it again, or name its format with --data.format."
             ) from error
 
     def _scan_rows(self) -> Iterator[Record | RowError]:
@@ -78,7 +78,7 @@ class ParquetSource(RowSource):
     def _damaged(self, group: int, error: Exception) -> UsageError:
         return UsageError(
             f"{self.path}: row group {group} (rows from {self._group_starts[group]}) cannot be "
-            f"read ({error}). The file is damaged; write it again."
+            f"read ({_one_line(error)}). The file is damaged; write it again."
         )
 
     def _read_rows(self, rows: list[int]) -> list[Record | RowError]:
@@ -144,6 +144,10 @@ def _check_columns(path: Path, schema: Any) -> list[str]:
     return columns
 
 
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).encode(errors="backslashreplace").decode().split())
+
+
 def _is_list_of_structs(kind: Any) -> bool:
     is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind)
     return bool(is_list and pa.types.is_struct(kind.value_type))
@@ -162,7 +166,7 @@ def _to_objects(batch: Any) -> list[dict[str, Any] | Exception]:
 def _to_item(obj: dict[str, Any] | Exception, row: int) -> Record | RowError:
     try:
         if isinstance(obj, Exception):
-            raise RecordError(f"a cell of the row cannot be read: {obj}")
+            raise RecordError(f"a cell of the row cannot be read: {_one_line(obj)}")
         # pandas stores whole numbers with gaps as floats.
         for name in ("max_new_tokens", "seed"):
             value = obj.get(name)

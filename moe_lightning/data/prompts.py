@@ -15,7 +15,7 @@ import numpy as np
 from lightning.pytorch import LightningDataModule
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader
-from tqdm import tqdm  # type: ignore[import-untyped]
+from tqdm import tqdm
 from typing_extensions import override
 
 from moe_lightning.data.batches import PlannedBatches

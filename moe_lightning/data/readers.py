@@ -1,6 +1,7 @@
 """Opening an input file: which format it has, and what cannot be one at all."""
 
 import os
+import shlex
 import stat
 from pathlib import Path
 from typing import Literal
@@ -141,16 +142,21 @@ def _check_json_lines(path: Path, head: bytes, tail: bytes) -> None:
     if head.startswith(b"[") and (is_json_name or tail.endswith(b"]")):
         raise UsageError(
             f"the input {path} is one JSON array; write one object a line instead, for example "
-            f"with `jq -c '.[]' {path.name} > {path.stem}.jsonl`."
+            f"with `jq -c '.[]' {_shell_names(path)}`."
         )
     first_line = head.split(b"\n", 1)[0].rstrip()
     if first_line == b"{" and (is_json_name or tail.rsplit(b"\n", 1)[-1].strip() == b"}"):
         raise UsageError(
             f"the input {path} is JSON spread over several lines; write one object a line instead, "
-            f"for example with `jq -c . {path.name} > {path.stem}.jsonl`."
+            f"for example with `jq -c . {_shell_names(path)}`."
         )
     if head[:64].lower().startswith((b"<!doctype html", b"<html")):
         raise UsageError(
             f"the input {path} is an HTML page, not JSON Lines; the download answered with a web "
             "page. Download the file itself."
         )
+
+
+def _shell_names(path: Path) -> str:
+    # Never the input's own name: the shell would empty the file before jq reads it.
+    return f"{shlex.quote(str(path))} > {shlex.quote(path.stem + '-rows.jsonl')}"

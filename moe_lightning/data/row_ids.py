@@ -18,7 +18,7 @@ class IdIndex:
 
     def __init__(self) -> None:
         self._hashes = array("Q")
-        self._table = array("I", bytes(4 * _FIRST_SIZE))  # rows fit 32 bits
+        self._table = array("I", [0]) * _FIRST_SIZE  # rows fit 32 bits
         self._num_used = 0
 
     def add(self, id: str | int, *, row: int) -> int | None:
@@ -54,7 +54,7 @@ class IdIndex:
 
     def _grow(self) -> None:
         old = self._table
-        self._table = array("I", bytes(4 * 2 * len(old)))
+        self._table = array("I", [0]) * (2 * len(old))
         for entry in old:
             if entry:
                 self._table[self._find(self._hashes[entry - 1])] = entry

@@ -1,8 +1,8 @@
 """From training documents to token ids, and which of them are to be learnt.
 
-    {"text"}              tokens of the text, end        all learnt
-    {"prompt", "answer"}  tokens of the prompt │ answer, end       the answer is learnt
-    {"messages"}          the chat template    │ what the assistant says is learnt
+{"text"}              tokens of the text, end        all learnt
+{"prompt", "answer"}  tokens of the prompt │ answer, end       the answer is learnt
+{"messages"}          the chat template    │ what the assistant says is learnt
 """
 
 import re
@@ -50,14 +50,15 @@ class TargetEncoder:
             TargetError: A conversation can't be tokenised, or not split into what is learnt.
         """
         # One call a group, because a fast tokenizer uses all cores for a list.
-        starts = [d for d in documents if d.messages is None and d.prompt is None and d.is_start]
-        rests = [d for d in documents if d.messages is None and d not in starts]
-        prompts = [d for d in documents if d.prompt is not None]
-        tokens = dict(zip(map(id, starts), self._ids([d.text for d in starts]), strict=True))
-        tokens |= zip(map(id, rests), self._ids([d.text for d in rests], special=False), strict=True)
-        heads = dict(
-            zip(map(id, prompts), self._ids([d.prompt or "" for d in prompts]), strict=True)
-        )
+        texts = [d for d in documents if d.messages is None]
+        starts = [d for d in texts if d.prompt is None and d.is_start]
+        rests = [d for d in texts if d.prompt is not None or not d.is_start]
+        prompts = [d for d in texts if d.prompt is not None]
+        start_ids = self._ids([d.text for d in starts])
+        rest_ids = self._ids([d.text for d in rests], special=False)
+        prompt_ids = self._ids([d.prompt or "" for d in prompts])
+        tokens = dict(zip(map(id, starts + rests), start_ids + rest_ids, strict=True))
+        heads = dict(zip(map(id, prompts), prompt_ids, strict=True))
         encoded = []
         for document in documents:
             if document.messages is not None:

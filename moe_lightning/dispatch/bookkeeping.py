@@ -1,7 +1,8 @@
 """What dispatchers write down while somebody looks, and nothing while nobody does.
 
-Callbacks subscribe to a RoutingLog; each MoE layer's pass then gives them one LayerTrace. Tensors in a trace stay
-on their device: reading them (a host synchronisation on CUDA) is the reader's choice, once per interval.
+Callbacks subscribe to a RoutingLog; each MoE layer's pass then gives them one LayerTrace. Tensors
+in a trace stay on their device: reading them (a host synchronisation on CUDA) is the reader's
+choice, once per interval.
 """
 
 import time
@@ -23,7 +24,8 @@ class Span:
         part: Which of the four parts.
         slot: Device or worker that did it.
         start_s: Start on the monotonic clock.
-        end_s: End on the monotonic clock. On CUDA this is when the work was queued, not when it ended.
+        end_s: End on the monotonic clock. On CUDA this is when the work was queued, not when it
+            ended.
         num_bytes: Bytes moved to or from the slot.
     """
 

@@ -1,4 +1,4 @@
-"""LocalDispatcher: all experts of a layer in one shard on the device of the rows. The readable reference."""
+"""LocalDispatcher: all experts of a layer on the device of the rows. The readable reference."""
 
 from torch import Tensor
 from typing_extensions import override
@@ -18,7 +18,9 @@ class LocalDispatcher(Dispatcher):
 
     def __init__(self, shard: ExpertShard, *, log: RoutingLog) -> None:
         super().__init__(layer=shard.layer, num_experts=len(shard.expert_ids), log=log)
-        assert shard.expert_ids == tuple(range(self.num_experts)), "a local shard holds every expert, in order"
+        assert shard.expert_ids == tuple(range(self.num_experts)), (
+            "a local shard holds every expert, in order"
+        )
         self.shard = shard
 
     @override

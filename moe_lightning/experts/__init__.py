@@ -1,4 +1,4 @@
-"""How the experts of one device are held and computed. Nothing here knows where other experts are."""
+"""How the experts of one device are held and computed."""
 
 from moe_lightning.experts.backends import BACKEND_NAMES, Backend, choose_backend
 from moe_lightning.experts.shard import ExpertShard

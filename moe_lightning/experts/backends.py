@@ -1,9 +1,10 @@
-"""How a shard's experts are computed. A backend is a plain function with transformers' experts contract.
+"""How a shard's experts are computed. A backend is a plain function with transformers' experts
+contract.
 
     backend(experts, hidden_TD, index_TK, weights_TK) -> [T, D]
 
-``experts`` is the family's own module, so biases, transposed and interleaved layouts, gates and activations
-are the family's. Contract and attribute names: transformers/integrations/moe.py, 5.23.
+``experts`` is the family's own module, so biases, transposed and interleaved layouts, gates and
+activations are the family's. Contract and attribute names: transformers/integrations/moe.py, 5.23.
 """
 
 from collections.abc import Callable
@@ -20,8 +21,10 @@ from moe_lightning.experts.permute import sort_by_expert, weighted_combine
 Backend = Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]
 
 
-def reference(experts: nn.Module, hidden_TD: Tensor, index_TK: Tensor, weights_TK: Tensor) -> Tensor:
-    """One expert after the other, by the family's own unmodified code: slow, obvious, the truth of the tests."""
+def reference(
+    experts: nn.Module, hidden_TD: Tensor, index_TK: Tensor, weights_TK: Tensor
+) -> Tensor:
+    """The family's own unmodified code: slow, obvious, the truth of the tests."""
     family_forward = cast(Backend, type(experts).forward.__wrapped__)  # type: ignore[attr-defined]
     return family_forward(experts, hidden_TD, index_TK, weights_TK)
 
@@ -44,7 +47,9 @@ def grouped(experts: nn.Module, hidden_TD: Tensor, index_TK: Tensor, weights_TK:
     rows_ND = hidden_TD[order_N // index_TK.shape[1]]
     name = "gate_up_proj" if experts.has_gate else "up_proj"
     rows_NF = _grouped_linear(experts, name, rows_ND, expert_N, ends_E)
-    activate = cast(Callable[[Tensor], Tensor], experts._apply_gate if experts.has_gate else experts.act_fn)
+    activate = cast(
+        Callable[[Tensor], Tensor], experts._apply_gate if experts.has_gate else experts.act_fn
+    )
     rows_ND = _grouped_linear(experts, "down_proj", activate(rows_NF), expert_N, ends_E)
     if experts.has_post_expert_norm:
         rows_ND = cast(nn.Module, experts.post_expert_norm)(rows_ND)
@@ -86,5 +91,8 @@ def choose_backend(name: str, *, device: torch.device) -> Backend:
         is_old = device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0)
         name = "reference" if is_old else "grouped_mm"
     if name not in _BACKENDS:
-        raise UsageError(f"model.experts_backend={name!r} does not exist; choose from {', '.join(BACKEND_NAMES)}.")
+        raise UsageError(
+            f"model.experts_backend={name!r} does not exist; choose from "
+            f"{', '.join(BACKEND_NAMES)}."
+        )
     return _BACKENDS[name]

@@ -1,4 +1,4 @@
-"""The names of the backends, apart from their code so that the command line can be parsed without torch."""
+"""The names of the backends, for options."""
 
 from typing import Literal
 

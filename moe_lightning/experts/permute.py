@@ -1,6 +1,6 @@
 """Rows sorted by expert, and back: the one permutation that every way of computing experts shares.
 
-    index_TK ──▶ sort ──▶ rows of expert 0 | rows of expert 1 | ... ──▶ unsort ──▶ weighted sum over K
+index_TK ──▶ sort ──▶ rows of expert 0 | rows of expert 1 | ... ──▶ unsort ──▶ weighted sum over K
 """
 
 from typing import NamedTuple
@@ -15,7 +15,8 @@ class SortedRows(NamedTuple):
     Attributes:
         order_N: For each sorted row, its position in the flattened ``index_TK``; int64, N = T * K.
         expert_N: For each sorted row, its expert; non-decreasing.
-        ends_E: For each expert, the end of its rows (exclusive); int32. The start is the end before it.
+        ends_E: For each expert, the end of its rows (exclusive); int32. The start is the end before
+            it.
     """
 
     order_N: Tensor

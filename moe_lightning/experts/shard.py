@@ -11,8 +11,8 @@ from moe_lightning.experts.backends import Backend
 class ExpertShard:
     """Some experts of one layer on one device.
 
-    The experts are the family's own module whose parameters have only these experts' rows. Row ``i`` of each
-    parameter is logical expert ``expert_ids[i]``.
+    The experts are the family's own module whose parameters have only these experts' rows. Row
+    ``i`` of each parameter is logical expert ``expert_ids[i]``.
 
     Args:
         experts: The family's experts module, holding exactly the given experts.
@@ -24,7 +24,9 @@ class ExpertShard:
     def __init__(
         self, experts: nn.Module, *, layer: int, expert_ids: Sequence[int], backend: Backend
     ) -> None:
-        assert experts.num_experts == len(expert_ids), "a shard's module must hold its experts and no others"
+        assert experts.num_experts == len(expert_ids), (
+            "a shard's module must hold its experts and no others"
+        )
         self.experts = experts
         self.layer = layer
         self.expert_ids = tuple(expert_ids)

@@ -1,12 +1,14 @@
 """The KV cache of the decode loop: rows come and go, columns are shared.
 
     columns:   0 ... start ................ end ... capacity
-    row 0:           .  .  p  r  o  m  p  t  a  b |          all rows end in the same column, so the causal and
-    row 1:           t  h  e     l  o  n  g  e  s |          sliding-window masks that transformers builds for a
-    row 2:           .  .  .  .  .  .  .  h  i  . |          left-padded batch are right as they are
+    row 0:           .  .  p  r  o  m  p  t  a  b |          all rows end in the same column, so the
+    causal and row 1:           t  h  e     l  o  n  g  e  s |          sliding-window masks that
+    transformers builds for a row 2:           .  .  .  .  .  .  .  h  i  . |          left-padded
+    batch are right as they are
 
-A finished row's place is given to a waiting row, whose prompt is computed apart and written so that it ends in the
-current column; a place that nobody needs is filled by the last row. Nothing is concatenated as rows grow.
+A finished row's place is given to a waiting row, whose prompt is computed apart and written so that
+it ends in the current column; a place that nobody needs is filled by the last row. Nothing is
+concatenated as rows grow.
 
 Layer classes and their methods: transformers/cache_utils.py, 5.23.
 """
@@ -57,7 +59,8 @@ class _ColumnLayer(CacheLayerMixin):
     ) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        assert self.keys is not None and self.values is not None
+        assert self.keys is not None
+        assert self.values is not None
         columns, num_new = self.columns, key_states.shape[2]
         if columns.prefill_places is not None:
             window = slice(columns.end - num_new, columns.end)
@@ -76,7 +79,9 @@ class _ColumnLayer(CacheLayerMixin):
 
     @override
     def get_seq_length(self) -> int:
-        return 0 if self.columns.prefill_places is not None else self.columns.end - self.columns.start
+        return (
+            0 if self.columns.prefill_places is not None else self.columns.end - self.columns.start
+        )
 
     @override
     def get_max_length(self) -> int:
@@ -99,12 +104,13 @@ class ColumnCache(Cache):
 
     @staticmethod
     def supports(config: PreTrainedConfig) -> bool:
-        """Whether every layer of the family keeps plain keys and values (no recurrent state, no indexer)."""
+        """Whether all layers keep plain keys and values (no recurrent state, no indexer)."""
         layers = DynamicCache(config=config).layers
         return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
 
     def begin_prefill(self, places: Tensor, num_columns: int, longest_active: int) -> None:
-        """Let the next forward write new rows, ``num_columns`` wide, that end in the current column.
+        """Let the next forward write new rows, ``num_columns`` wide, that end in the current
+        column.
 
         Args:
             places: Rows of the cache to write; int64 on the model's device.
@@ -158,4 +164,6 @@ class ColumnCache(Cache):
         columns.start, columns.end = new.start, new.stop
 
     def _tensors(self) -> list[Tensor]:
-        return [t for layer in self.layers if layer.is_initialized for t in (layer.keys, layer.values)]
+        return [
+            t for layer in self.layers if layer.is_initialized for t in (layer.keys, layer.values)
+        ]

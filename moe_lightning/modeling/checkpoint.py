@@ -255,7 +255,8 @@ def open_checkpoint(name: str | Path) -> CheckpointView:
     except Exception as error:
         raise CheckpointError(
             f"{files.path / 'config.json'}: transformers cannot use this config (model_type "
-            f"{files.config['model_type']!r}): {error}. Correct the file, or download it again."
+            f"{files.config['model_type']!r}): {' '.join(str(error).split())}. Correct "
+            "the file, or download it again."
         ) from error
     return CheckpointView(files, config)
 
@@ -269,6 +270,8 @@ def _resolve(name: str) -> Path:
                 "moe-lightning, or name another checkpoint with --model.checkpoint PATH."
             )
         return path
+    if not name.strip():
+        raise CheckpointError("--model.checkpoint is empty. Name a directory, a hub id, or `demo`.")
     path = Path(name).expanduser()
     if os.path.isdir(path):  # Path.is_dir() raises on names that are too long
         return path

@@ -1,13 +1,16 @@
-"""From a checkpoint to a model: built on meta, filled from lazy slices, any subset of experts of any layer.
+"""From a checkpoint to a model: built on meta, filled from lazy slices, any subset of experts of
+any layer.
 
-    config ──▶ model on meta ──▶ experts cut down ──▶ transformers' weight converters ◀── slices of wanted bytes
+    config ──▶ model on meta ──▶ experts cut down ──▶ transformers' weight converters ◀── slices of
+    wanted bytes
 
-transformers' own converters do all renaming, merging and transposing. They are called once per decoder layer, so that
-no more than one layer's tensors are in flight. To load experts {1, 3, 7}, their per-expert keys are renumbered to
-{0, 1, 2} (or the rows of a fused tensor are picked), and nothing else is read.
+transformers' own converters do all renaming, merging and transposing. They are called once per
+decoder layer, so that no more than one layer's tensors are in flight. To load experts {1, 3, 7},
+their per-expert keys are renumbered to {0, 1, 2} (or the rows of a fused tensor are picked), and
+nothing else is read.
 
-Private names of transformers used here, as of 5.23: ``_from_config`` through AutoModel, ``_get_dtype_plan``,
-``_finalize_model_loading``, ``_weight_conversions``.
+Private names of transformers used here, as of 5.23: ``_from_config`` through AutoModel,
+``_get_dtype_plan``, ``_finalize_model_loading``, ``_weight_conversions``.
 """
 
 import re
@@ -36,7 +39,9 @@ from moe_lightning.modeling.preflight import check_model
 from moe_lightning.modeling.seam import MoELayer, find_moe_layers
 
 
-def build_on_meta(config: PreTrainedConfig, *, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+def build_on_meta(
+    config: PreTrainedConfig, *, dtype: torch.dtype = torch.float32
+) -> PreTrainedModel:
     """The model of a config with no memory behind its parameters.
 
     Args:
@@ -47,7 +52,8 @@ def build_on_meta(config: PreTrainedConfig, *, dtype: torch.dtype = torch.float3
         The model on the meta device, in eval mode.
 
     Raises:
-        CheckpointError: If transformers has no causal language model for the config, or cannot build it.
+        CheckpointError: If transformers has no causal language model for the config, or cannot
+            build it.
     """
     try:
         with torch.device("meta"):
@@ -55,7 +61,8 @@ def build_on_meta(config: PreTrainedConfig, *, dtype: torch.dtype = torch.float3
     except Exception as error:
         raise CheckpointError(
             f"transformers cannot build a causal language model from this config.json (model_type "
-            f"{config.model_type!r}): {error}. Check that the directory is a text model's and its config.json unedited."
+            f"{config.model_type!r}): {error}. Check that the directory is a text model's and its "
+            "config.json unedited."
         ) from error
     return model.eval()
 
@@ -70,12 +77,21 @@ def keep_experts(layer: MoELayer, expert_ids: Sequence[int]) -> None:
     Raises:
         ValueError: If an expert does not exist or is named twice.
     """
-    if len(set(expert_ids)) != len(expert_ids) or not all(0 <= e < layer.num_experts for e in expert_ids):
-        raise ValueError(f"experts {list(expert_ids)} of layer {layer.layer}: each must be in [0, {layer.num_experts}).")
+    if len(set(expert_ids)) != len(expert_ids) or not all(
+        0 <= e < layer.num_experts for e in expert_ids
+    ):
+        raise ValueError(
+            f"experts {list(expert_ids)} of layer {layer.layer}: each must be in [0, "
+            f"{layer.num_experts})."
+        )
     for name, parameter in list(layer.experts.named_parameters(recurse=False)):
         shape = (len(expert_ids), *parameter.shape[1:])
-        setattr(layer.experts, name, nn.Parameter(torch.empty(shape, dtype=parameter.dtype, device="meta")))
-    layer.experts.num_experts = len(expert_ids)
+        setattr(
+            layer.experts,
+            name,
+            nn.Parameter(torch.empty(shape, dtype=parameter.dtype, device="meta")),
+        )
+    object.__setattr__(layer.experts, "num_experts", len(expert_ids))
 
 
 def load_model(
@@ -92,14 +108,16 @@ def load_model(
         view: The opened checkpoint.
         device: Where the weights go; each goes straight from its file.
         dtype: Dtype of the weights, except those that the family keeps in fp32.
-        experts: For each MoE layer, the logical experts to load; None, or a layer left out, means all.
+        experts: For each MoE layer, the logical experts to load; None, or a layer left out, means
+            all.
         show_progress: Whether to show a progress bar on stderr.
 
     Returns:
         The model in eval mode, with no tensor left on meta.
 
     Raises:
-        CheckpointError: If the checkpoint and the model that its config describes do not match exactly.
+        CheckpointError: If the checkpoint and the model that its config describes do not match
+            exactly.
     """
     model = build_on_meta(view.config, dtype=dtype)
     find_moe_layers(model)
@@ -136,17 +154,30 @@ def _fill(
     with (
         _quiet_transformers(),
         tqdm(
-            total=num_bytes, unit="B", unit_scale=True, desc="Loading weights", disable=not show_progress, delay=1
+            total=num_bytes,
+            unit="B",
+            unit_scale=True,
+            desc="Loading weights",
+            disable=not show_progress,
+            delay=1,
         ) as bar,
     ):
         for names in _by_layer(slices):
             part = {name: slices[name] for name in names}
             info, _ = convert_and_load_state_dict_in_model(model, part, load_config)
-            problems = [*info.unexpected_keys, *map(str, info.mismatched_keys), *info.conversion_errors.values()]
+            problems = [
+                *info.unexpected_keys,
+                *map(str, info.mismatched_keys),
+                *info.conversion_errors.values(),
+            ]
             ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
-            problems = [p for p in problems if not any(re.search(pattern, p) for pattern in ignored)]
+            problems = [
+                p for p in problems if not any(re.search(pattern, p) for pattern in ignored)
+            ]
             if problems:
-                raise CheckpointError(f"{view.path}: tensors do not fit the model: {'; '.join(sorted(problems)[:3])}")
+                raise CheckpointError(
+                    f"{view.path}: tensors do not fit the model: {'; '.join(sorted(problems)[:3])}"
+                )
             missing &= info.missing_keys
             conversions |= {id(c): c for c in model._weight_conversions}
             bar.update(sum(_num_bytes(view, name) for name in names))
@@ -156,18 +187,21 @@ def _fill(
         model._weight_conversions = list(conversions.values())
         model._finalize_model_loading(model, load_config, info)
     if info.missing_keys:
-        raise CheckpointError(f"{view.path}: the model lacks {', '.join(sorted(info.missing_keys)[:3])}.")
+        raise CheckpointError(
+            f"{view.path}: the model lacks {', '.join(sorted(info.missing_keys)[:3])}."
+        )
     _assert_materialised(model)
 
 
 def _num_bytes(view: CheckpointView, name: str) -> int:
-    # A renumbered expert has the size of any other expert; a name that is not on disk counts nothing.
+    # A renumbered expert has the size of any other expert; a name that is not on disk counts
+    # nothing.
     info = view.tensors.get(name)
     return info.end - info.start if info is not None else 0
 
 
 def _by_layer(names: Iterable[str]) -> Iterator[list[str]]:
-    """Group names by their first number, which is the decoder layer; the rest of the model is one group."""
+    """Group names by their first number, the decoder layer; the rest is one group."""
     groups: dict[str, list[str]] = defaultdict(list)
     for name in names:
         number = re.search(r"\.(\d+)\.", name)
@@ -191,7 +225,9 @@ def _select_experts(
             keep_experts(layer, experts[layer.layer])
     selected: dict[str, Any] = {}
     for key, piece in slices.items():
-        target, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, meta_state)
+        target, pattern = rename_source_key(
+            key, renamings, converters, model.base_model_prefix, meta_state
+        )
         if target not in ids_of:
             selected[key] = piece
             continue

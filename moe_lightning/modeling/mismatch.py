@@ -111,7 +111,7 @@ def probable_cause(
     names = list(names)
     sizes = [
         *_layer_sizes(config, names, mismatch),
-        *_expert_sizes(config, names, written),
+        *_expert_sizes(config, names, mismatch, written),
         *_embedding_sizes(config, mismatch),
     ]
     if not sizes:
@@ -146,7 +146,7 @@ def _layer_sizes(
 
 
 def _expert_sizes(
-    config: object, names: Iterable[str], written: Container[str]
+    config: object, names: Iterable[str], mismatch: Mismatch, written: Container[str]
 ) -> list[tuple[str, int, str]]:
     last_of: dict[tuple[str, str], int] = {}
     for name in names:
@@ -154,8 +154,16 @@ def _expert_sizes(
             key = (match[1], match[3])
             last_of[key] = max(last_of.get(key, 0), int(match[2]))
     says = first_size(config, NUM_EXPERTS_NAMES, written=written)
-    if says is None or not last_of:
+    if says is None:
         return []
+    if not last_of:
+        # All experts of a layer in one tensor.
+        fused = [
+            has[0]
+            for _, has, want in mismatch.wrong
+            if want and want[0] == says[1] != has[0] and has[1:] == want[1:]
+        ]
+        return [(*says, f"are of {fused[0]} experts a layer")] if fused else []
     # Most layers decide: one lost or added expert must not put the blame on the config.
     num_experts = Counter(last_of.values()).most_common(1)[0][0] + 1
     if num_experts == says[1]:

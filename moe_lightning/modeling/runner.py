@@ -47,7 +47,8 @@ class ModelRunner:
     @property
     def device(self) -> torch.device:
         """Where inputs go."""
-        return self.model.get_input_embeddings().weight.device
+        weight: Tensor = self.model.get_input_embeddings().weight
+        return weight.device
 
     def pad(self, rows: Sequence[Sequence[int]], *, side: str) -> PaddedBatch:
         """Pad rows to the longest one.
@@ -98,10 +99,11 @@ class ModelRunner:
         return logits_BSV
 
     def has_plain_head(self) -> bool:
-        """Whether logits are just the output embedding of the last hidden state, found by trying it once.
+        """Whether logits are just the output embedding of the last hidden state, found by trying it
+        once.
 
-        Most families; some scale or cap their logits. With a plain head, logits need not be made for all
-        positions at once, nor for padding.
+        Most families; some scale or cap their logits. With a plain head, logits need not be made
+        for all positions at once, nor for padding.
         """
         if self._has_plain_head is None:
             vocabulary = self.model.get_input_embeddings().num_embeddings

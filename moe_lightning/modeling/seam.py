@@ -1,15 +1,17 @@
 """The one seam between a model and its experts.
 
-transformers gives (almost) every MoE family the same contract, so that a block never knows where its experts are:
+transformers gives (almost) every MoE family the same contract, so that a block never knows where
+its experts are:
 
     router:   gate(hidden) -> (logits, top_k_weights[T, K], top_k_index[T, K])
     experts:  experts(hidden[T, D], top_k_index[T, K], top_k_weights[T, K]) -> [T, D]
 
-We find the experts modules by that contract and route their calls to a Dispatcher. The modelling code, the names of
-the parameters and their conversion from and to disk stay as they are. No family is named here.
+We find the experts modules by that contract and route their calls to a Dispatcher. The modelling
+code, the names of the parameters and their conversion from and to disk stay as they are. No family
+is named here.
 
-Private names of transformers used here, as of 5.23: ``_is_expert_parallel`` (set on every experts module that follows
-the contract) and ``_can_record_outputs`` (which says what class the router is).
+Private names of transformers used here, as of 5.23: ``_is_expert_parallel`` (set on every experts
+module that follows the contract) and ``_can_record_outputs`` (which says what class the router is).
 """
 
 from collections.abc import Callable, Iterator
@@ -60,24 +62,30 @@ def find_moe_layers(model: PreTrainedModel) -> list[MoELayer]:
         The MoE layers in the order of the model.
 
     Raises:
-        CheckpointError: If the model is dense, or its experts are outside the contract; the error names the class.
+        CheckpointError: If the model is dense, or its experts are outside the contract; the error
+            names the class.
     """
     layers = []
     for name, module in model.named_modules():
         if hasattr(module, "_is_expert_parallel"):
             parent = model.get_submodule(name.rpartition(".")[0])
-            layers.append(MoELayer(_layer_index(name), name, module, _find_router(model, parent, name)))
+            layers.append(
+                MoELayer(_layer_index(name), name, module, _find_router(model, parent, name))
+            )
     if layers:
         return layers
     family = type(model).__name__
     suspects = sorted({type(m).__name__ for m in model.modules() if _looks_like_experts(m)})
     if suspects:
         raise CheckpointError(
-            f"{family} is not supported: its experts ({', '.join(suspects)}) do not follow transformers' experts "
-            "contract, so they cannot be placed. Use a family that does (Mixtral, Qwen-MoE, OLMoE, DeepSeek, gpt-oss, ...)."
+            f"{family} is not supported: its experts ({', '.join(suspects)}) do not follow "
+            "transformers' experts "
+            "contract, so they cannot be placed. Use a family that does (Mixtral, Qwen-MoE, OLMoE, "
+            "DeepSeek, gpt-oss, ...)."
         )
     raise CheckpointError(
-        f"{family} is a dense model: it has no experts. moe_lightning runs mixture-of-experts checkpoints; "
+        f"{family} is a dense model: it has no experts. moe_lightning runs mixture-of-experts "
+        "checkpoints; "
         "run a dense one with transformers or Lightning directly."
     )
 
@@ -90,7 +98,11 @@ def _layer_index(name: str) -> int:
 
 def _looks_like_experts(module: nn.Module) -> bool:
     name = type(module).__name__.lower()
-    return any(word in name for word in ("expert", "sparsemoe", "moe")) and "model" not in name and "causal" not in name
+    return (
+        any(word in name for word in ("expert", "sparsemoe", "moe"))
+        and "model" not in name
+        and "causal" not in name
+    )
 
 
 def _find_router(model: PreTrainedModel, parent: nn.Module, name: str) -> nn.Module:
@@ -122,7 +134,8 @@ class PaddingMask:
         """Treat the zeros of the mask as padding during the block.
 
         Args:
-            attention_mask_BS: 1 for real tokens, on the host (no synchronisation is needed then); None if all are.
+            attention_mask_BS: 1 for real tokens, on the host (no synchronisation is needed then);
+                None if all are.
         """
         if attention_mask_BS is not None:
             self.real_rows_R = attention_mask_BS.reshape(-1).nonzero().squeeze(1)
@@ -132,7 +145,9 @@ class PaddingMask:
             self.real_rows_R = None
 
 
-def attach(model: PreTrainedModel, make_dispatcher: Callable[[MoELayer], Dispatcher]) -> PaddingMask:
+def attach(
+    model: PreTrainedModel, make_dispatcher: Callable[[MoELayer], Dispatcher]
+) -> PaddingMask:
     """Route the calls of every experts module of the model to a dispatcher of its own.
 
     Args:
@@ -144,7 +159,8 @@ def attach(model: PreTrainedModel, make_dispatcher: Callable[[MoELayer], Dispatc
     """
     padding = PaddingMask()
     for layer in find_moe_layers(model):
-        # Plain attributes, kept out of the module tree: a dispatcher's shards may be on other devices than the model.
+        # Plain attributes, kept out of the module tree: a dispatcher's shards may be on other
+        # devices than the model.
         object.__setattr__(layer.experts, "_moe_lightning", (make_dispatcher(layer), padding))
     model.set_experts_implementation(EXPERTS_IMPLEMENTATION)
     return padding
@@ -152,10 +168,12 @@ def attach(model: PreTrainedModel, make_dispatcher: Callable[[MoELayer], Dispatc
 
 def dispatcher_of(layer: MoELayer) -> Dispatcher:
     """The dispatcher that :func:`attach` gave to a layer."""
-    return cast(Dispatcher, layer.experts._moe_lightning[0])  # type: ignore[index, union-attr]
+    return cast(Dispatcher, layer.experts._moe_lightning[0])  # type: ignore[index]
 
 
-def _dispatch(experts: nn.Module, hidden_TD: Tensor, index_TK: Tensor, weights_TK: Tensor) -> Tensor:
+def _dispatch(
+    experts: nn.Module, hidden_TD: Tensor, index_TK: Tensor, weights_TK: Tensor
+) -> Tensor:
     """What transformers calls in place of the family's experts forward."""
     dispatcher, padding = cast(tuple[Dispatcher, PaddingMask], experts._moe_lightning)
     real_R = padding.real_rows_R

@@ -23,9 +23,13 @@ def load_tokenizer(view: CheckpointView) -> PreTrainedTokenizerBase:
     """
     check_tokenizer(view.path)
     try:
-        return cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(view.path, trust_remote_code=False))
+        return cast(
+            PreTrainedTokenizerBase,
+            AutoTokenizer.from_pretrained(view.path, trust_remote_code=False),
+        )
     except Exception as error:
         raise CheckpointError(
-            f"{view.path}: the tokenizer cannot be loaded ({error}). Copy tokenizer.json and tokenizer_config.json "
+            f"{view.path}: the tokenizer cannot be loaded ({error}). Copy tokenizer.json and "
+            "tokenizer_config.json "
             "from the checkpoint's source."
         ) from error

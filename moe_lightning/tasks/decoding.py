@@ -1,8 +1,9 @@
 """The decode loop: finished rows leave the batch, waiting rows take their places.
 
-transformers' ``generate`` computes a batch until its last row is done, and concatenates the KV cache at every step.
-Here the batch stays full: with answers of mixed lengths most of the steps of ``generate`` are spent on rows that have
-nothing left to say (scripts/bench_predict.py measures both). Greedy answers are the same.
+transformers' ``generate`` computes a batch until its last row is done, and concatenates the KV
+cache at every step. Here the batch stays full: with answers of mixed lengths most of the steps of
+``generate`` are spent on rows that have nothing left to say (scripts/bench_predict.py measures
+both). Greedy answers are the same.
 """
 
 from collections import deque
@@ -20,7 +21,7 @@ from moe_lightning.modeling.runner import ModelRunner
 from moe_lightning.tasks.sampling import Sampling, choose_tokens
 from moe_lightning.tasks.task import Progress
 
-PREFILL_SHARE = 8  # waiting rows are taken in once this fraction (1/8) of the places is free, to share a forward
+PREFILL_SHARE = 8  # rows are taken in once 1/8 of the places is free, to share a forward
 MAX_PADDING = 0.25  # prompts whose lengths differ by more than this share are computed apart
 
 
@@ -37,7 +38,7 @@ class Request:
 
     token_ids: tuple[int, ...]
     max_new_tokens: int
-    sampling: Sampling = Sampling()
+    sampling: Sampling = field(default_factory=Sampling)
     stop: tuple[str, ...] = ()
 
 
@@ -47,7 +48,8 @@ class Answer:
 
     Attributes:
         token_ids: New tokens, the end-of-sequence token included.
-        finish_reason: ``stop`` (end of sequence or a stop string), ``length``, or ``not_finite`` (NaN logits).
+        finish_reason: ``stop`` (end of sequence or a stop string), ``length``, or ``not_finite``
+            (NaN logits).
         stop_string: The string that ended the text, if one did.
     """
 
@@ -108,9 +110,13 @@ class _DecodeLoop:
         self.eos_ids = eos_ids
         self.progress = progress
         self.answers = [Answer() for _ in requests]
-        rows = [_Active(n, r, a) for n, (r, a) in enumerate(zip(requests, self.answers, strict=True))]
+        rows = [
+            _Active(n, r, a) for n, (r, a) in enumerate(zip(requests, self.answers, strict=True))
+        ]
         # Longest answers first: the batch empties evenly at the end.
-        rows.sort(key=lambda row: (-row.request.max_new_tokens, -len(row.request.token_ids), row.number))
+        rows.sort(
+            key=lambda row: (-row.request.max_new_tokens, -len(row.request.token_ids), row.number)
+        )
         self.waiting = deque(row for row in rows if row.request.max_new_tokens > 0)
         self.active: list[_Active] = []
         longest = max((len(r.token_ids) + r.max_new_tokens for r in requests), default=1)
@@ -121,7 +127,9 @@ class _DecodeLoop:
         self.columns: ColumnCache | None = None
         if ColumnCache.supports(config):
             layers = len(DynamicCache(config=config).layers)
-            self.cache = self.columns = ColumnCache(layers, max_rows=self.max_rows, max_tokens=longest)
+            self.cache = self.columns = ColumnCache(
+                layers, max_rows=self.max_rows, max_tokens=longest
+            )
         self.config = config
 
     def run(self) -> None:
@@ -225,7 +233,9 @@ class _DecodeLoop:
 
     def _choose(self, logits_NV: Tensor, rows: Sequence[_Active]) -> tuple[list[int], list[bool]]:
         sampling = [row.request.sampling for row in rows]
-        tokens_N, is_finite_N = choose_tokens(logits_NV, sampling, [len(r.answer.token_ids) for r in rows])
+        tokens_N, is_finite_N = choose_tokens(
+            logits_NV, sampling, [len(r.answer.token_ids) for r in rows]
+        )
         # The one host synchronisation of a step: which rows go on depends on it.
         tokens, is_finite = torch.stack((tokens_N, is_finite_N.to(tokens_N.dtype))).tolist()
         return tokens, [bool(flag) for flag in is_finite]
@@ -250,7 +260,8 @@ class _DecodeLoop:
     def _is_stopped(self, row: _Active) -> bool:
         if not row.request.stop:
             return False
-        # A token is at least a byte, so a string just completed lies within its number of bytes of the end.
+        # A token is at least a byte, so a string just completed lies within its number of bytes of
+        # the end.
         reach = max(len(text.encode()) for text in row.request.stop) + 8
         tail = self.runner.tokenizer.decode(row.answer.token_ids[-reach:], skip_special_tokens=True)
         found = [text for text in row.request.stop if text in tail]

@@ -21,7 +21,9 @@ class Embed(Task):
         batch = runner.pad([row.token_ids for row in rows], side="right")
         hidden_BSD = runner.last_hidden_state(batch).float()
         lengths = [len(row.token_ids) for row in rows]
-        means_BD = torch.stack([h[:n].mean(0) for h, n in zip(hidden_BSD, lengths, strict=True)]).cpu()
+        means_BD = torch.stack(
+            [h[:n].mean(0) for h, n in zip(hidden_BSD, lengths, strict=True)]
+        ).cpu()
         progress(len(rows), sum(lengths), 0, batch.input_ids_BS.numel() - sum(lengths))
         is_finite = means_BD.isfinite().all(1).tolist()
         return [

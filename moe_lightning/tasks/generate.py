@@ -16,20 +16,24 @@ from moe_lightning.tasks.task import Progress, Task, not_finite
 class Generate(Task):
     """Continue every row's prompt.
 
-    A row's own ``max_new_tokens``, ``temperature``, ``top_p``, ``seed`` and ``stop`` come before these options.
+    A row's own ``max_new_tokens``, ``temperature``, ``top_p``, ``seed`` and ``stop`` come before
+    these options.
 
     Args:
         max_new_tokens: Most tokens to generate for a row.
-        temperature: Divides the logits before sampling. 0 means greedy: the most likely token every time.
+        temperature: Divides the logits before sampling. 0 means greedy: the most likely token every
+            time.
         top_k: Sample from this many of the most likely tokens only. 0 means all.
-        top_p: Sample from the most likely tokens that together have at least this probability. 1 means all.
-        seed: Seed of the sampling. Each row draws from its own seed, made from this one and the row's id, so its
-            text does not depend on the batch it is in.
-        stop: Strings that end a row's text when they appear in it. The text is cut before the string.
+        top_p: Sample from the most likely tokens that together have at least this probability. 1
+            means all.
+        seed: Seed of the sampling. Each row draws from its own seed, made from this one and the
+            row's id, so its text does not depend on the batch it is in.
+        stop: Strings that end a row's text when they appear in it. The text is cut before the
+            string.
         ignore_eos: Whether to go on after an end-of-sequence token (for benchmarks).
-        rows_factor: How many times the token budget a planned batch holds. Rows that finish are replaced from the
-            rest of their batch, so a larger number keeps the device fuller, and loses more work when a run is
-            interrupted.
+        rows_factor: How many times the token budget a planned batch holds. Rows that finish are
+            replaced from the rest of their batch, so a larger number keeps the device fuller, and
+            loses more work when a run is interrupted.
     """
 
     add_generation_prompt: ClassVar[bool] = True
@@ -83,7 +87,9 @@ class Generate(Task):
             top_p=default.top_p if own.top_p is None else own.top_p,
             seed=row_seed(default.seed, row.id) if own.seed is None else own.seed,
         )
-        return Request(tuple(row.token_ids), max(0, min(wanted, room)), sampling, own.stop or self.stop)
+        return Request(
+            tuple(row.token_ids), max(0, min(wanted, room)), sampling, own.stop or self.stop
+        )
 
 
 def _require(is_met: bool, option: str, value: object, what: str) -> None:
@@ -92,7 +98,7 @@ def _require(is_met: bool, option: str, value: object, what: str) -> None:
 
 
 def _eos_ids(runner: ModelRunner) -> frozenset[int]:
-    """The ids that end a text, from the checkpoint's generation_config.json, as transformers' generate takes them."""
+    """The ids that end a text: those of transformers' generate (generation_config.json)."""
     eos = runner.model.generation_config.eos_token_id
     if eos is None:
         return frozenset()

@@ -1,4 +1,4 @@
-"""Running a batch so that one bad row costs one row: a batch that raises is split until the row is found."""
+"""One bad row costs one row: a batch that raises is split until the row is found."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -24,7 +24,9 @@ class Predictions(list[dict[str, Any]]):
         super().__init__(r.to_json() if isinstance(r, RowError) else r for _, r in results)
         self.row_numbers = [number for number, _ in results]
         self.has_failed = [isinstance(r, RowError) for _, r in results]
-        self.num_not_finite = sum(isinstance(r, RowError) and "NaN or infinite" in r.error for _, r in results)
+        self.num_not_finite = sum(
+            isinstance(r, RowError) and "NaN or infinite" in r.error for _, r in results
+        )
 
     @property
     def num_errors(self) -> int:
@@ -45,7 +47,8 @@ def run_isolated(
         progress: Called as rows and tokens are done.
 
     Returns:
-        The predictions of all rows, in the order of the batch, then of the rows that had failed before.
+        The predictions of all rows, in the order of the batch, then of the rows that had failed
+        before.
 
     Raises:
         torch.OutOfMemoryError: If memory runs out: the budget's fault, not a row's.

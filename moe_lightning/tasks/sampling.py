@@ -1,7 +1,7 @@
 """Choosing the next token: greedy, or sampled with a seed per row.
 
-A row's random numbers depend on its seed and on how many tokens it has, not on the rows beside it: the answer is the
-same in every batch, on every rank.
+A row's random numbers depend on its seed and on how many tokens it has, not on the rows beside it:
+the answer is the same in every batch, on every rank.
 """
 
 from collections.abc import Sequence
@@ -20,7 +20,8 @@ class Sampling:
     Attributes:
         temperature: Divides the logits; 0 is greedy.
         top_k: Keep this many of the most likely tokens; 0 keeps all.
-        top_p: Keep the most likely tokens that together have at least this probability; 1 keeps all.
+        top_p: Keep the most likely tokens that together have at least this probability; 1 keeps
+            all.
         seed: Seed of the row's random numbers.
     """
 
@@ -31,17 +32,19 @@ class Sampling:
 
 
 def row_seed(run_seed: int, row_id: str | int) -> int:
-    """A row's seed when it gives none: a hash of the run's seed and the row's id, the same on every machine."""
+    """A row's seed when it gives none: a hash of the run's seed and the row's id."""
     return int.from_bytes(sha256(f"{run_seed}\0{row_id!r}".encode()).digest()[:8], "little")
 
 
 def uniform(seed: int, step: int) -> float:
-    """The ``step``-th random number of a seed, in [0, 1): counter-based, so no state has to be kept or moved."""
+    """The ``step``-th random number of a seed, in [0, 1); counter-based, so stateless."""
     bits = np.random.Philox(key=seed % 2**64, counter=step).random_raw()
     return float(bits >> 11) * 2.0**-53
 
 
-def choose_tokens(logits_NV: Tensor, sampling: Sequence[Sampling], steps: Sequence[int]) -> tuple[Tensor, Tensor]:
+def choose_tokens(
+    logits_NV: Tensor, sampling: Sequence[Sampling], steps: Sequence[int]
+) -> tuple[Tensor, Tensor]:
     """The next token of every row.
 
     Args:
@@ -50,26 +53,31 @@ def choose_tokens(logits_NV: Tensor, sampling: Sequence[Sampling], steps: Sequen
         steps: How many tokens each row has chosen so far.
 
     Returns:
-        Token ids ``[N]``, and whether each row's best logit is finite ``[N]`` (false: the row is lost).
+        Token ids ``[N]``, and whether each row's best logit is finite ``[N]`` (false: the row is
+        lost).
     """
     logits_NV = logits_NV.float()
     best_N, tokens_N = logits_NV.max(dim=1)
     sampled = [row for row, how in enumerate(sampling) if how.temperature > 0]
     if sampled:
         rows = torch.tensor(sampled, device=logits_NV.device)
-        chosen = _sample(logits_NV[rows], [sampling[r] for r in sampled], [steps[r] for r in sampled])
+        chosen = _sample(
+            logits_NV[rows], [sampling[r] for r in sampled], [steps[r] for r in sampled]
+        )
         tokens_N = tokens_N.index_copy(0, rows, chosen)
     return tokens_N, best_N.isfinite()
 
 
 def _sample(logits_NV: Tensor, sampling: Sequence[Sampling], steps: Sequence[int]) -> Tensor:
-    """Inverse-CDF sampling from the tokens that top-k and top-p (nucleus sampling, Holtzman et al. 2020) keep."""
+    """Inverse-CDF sampling after top-k and top-p (nucleus, Holtzman et al. 2020)."""
     device, vocabulary = logits_NV.device, logits_NV.shape[1]
 
     def column(values: list[float]) -> Tensor:
         return torch.tensor(values, dtype=torch.float64, device=device)[:, None]
 
-    sorted_NV, order_NV = logits_NV.double().nan_to_num(nan=0.0).sort(dim=1, descending=True, stable=True)
+    sorted_NV, order_NV = (
+        logits_NV.double().nan_to_num(nan=0.0).sort(dim=1, descending=True, stable=True)
+    )
     probabilities_NV = (sorted_NV / column([how.temperature for how in sampling])).softmax(dim=1)
     rank_V = torch.arange(vocabulary, device=device)
     top_k_N1 = column([how.top_k or vocabulary for how in sampling])

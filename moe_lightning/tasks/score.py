@@ -27,7 +27,8 @@ class Score(Task):
         logprobs = _sum_by_row(_token_logprobs(runner, batch, lengths), lengths)
         progress(len(rows), sum(lengths), 0, batch.input_ids_BS.numel() - sum(lengths))
         return [
-            _answer(row, logprob, length) for row, logprob, length in zip(rows, logprobs, lengths, strict=True)
+            _answer(row, logprob, length)
+            for row, logprob, length in zip(rows, logprobs, lengths, strict=True)
         ]
 
 
@@ -41,10 +42,12 @@ def _answer(row: Row, logprob: float, num_tokens: int) -> dict[str, Any] | RowEr
 
 
 def _token_logprobs(runner: ModelRunner, batch: PaddedBatch, lengths: Sequence[int]) -> Tensor:
-    """Log-probability of every token after its row's first, row after row, ``[sum(length - 1)]`` in fp32."""
+    """fp32 log-probability of all tokens but each row's first, ``[sum(length - 1)]``."""
     width = batch.input_ids_BS.shape[1]
     # Flat positions of the tokens that predict another one.
-    source_N = torch.cat([torch.arange(n - 1) + row * width for row, n in enumerate(lengths)]).to(runner.device)
+    source_N = torch.cat([torch.arange(n - 1) + row * width for row, n in enumerate(lengths)]).to(
+        runner.device
+    )
     target_N = batch.input_ids_BS.reshape(-1)[source_N + 1]
     if runner.has_plain_head():
         hidden_ND = runner.last_hidden_state(batch).flatten(0, 1)[source_N]

@@ -11,15 +11,16 @@ from moe_lightning.data.records import Row, RowError
 from moe_lightning.modeling.runner import ModelRunner
 
 Progress = Callable[[int, int, int, int], None]
-"""Called as work proceeds with the increase in (rows, prompt tokens, new tokens, padding tokens)."""
+"""Called with the increase in (rows, prompt tokens, new tokens, padding tokens)."""
 
 
 class Task(ABC):
     """What to compute for every row.
 
     Attributes:
-        rows_factor: A planned batch holds this many times the token budget, because rows that finish early are
-            replaced from the rest of the batch. 1 if all rows are computed at once.
+        rows_factor: A planned batch holds this many times the token budget, because rows that
+            finish early are replaced from the rest of the batch. 1 if all rows are computed at
+            once.
         add_generation_prompt: Whether ``messages`` end with the header of the assistant's turn.
         default_max_new_tokens: New tokens of a row that does not say how many.
     """
@@ -66,6 +67,6 @@ def not_finite(row: Row, what: str) -> RowError:
         line=row.line,
         id=row.id,
         stage="compute",
-        error=f"the model gave NaN or infinite {what} for this row; if many rows fail, look for bad weights with "
-        "--model.check_weights true, or use a wider --model.dtype",
+        error=f"the model gave NaN or infinite {what} for this row; if many rows fail, look for "
+        "bad weights with --model.check_weights true, or use a wider --model.dtype",
     )

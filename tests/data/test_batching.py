@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -27,7 +29,11 @@ def test_row_above_the_budget_is_alone() -> None:
 
 def test_windows_are_planned_one_after_the_other() -> None:
     lengths = np.array([1, 2, 3, 4, 5])
-    assert as_lists(plan_batches(lengths, budget_tokens=100, window_rows=2)) == [[1, 0], [3, 2], [4]]
+    assert as_lists(plan_batches(lengths, budget_tokens=100, window_rows=2)) == [
+        [1, 0],
+        [3, 2],
+        [4],
+    ]
 
 
 def test_no_rows_and_zero_costs() -> None:
@@ -42,9 +48,7 @@ def test_refuses_no_budget(budget: int, window: int) -> None:
         plan_batches(np.array([1]), budget_tokens=budget, window_rows=window)
 
 
-@given(
-    st.lists(st.integers(1, 60), max_size=80), st.integers(1, 100), st.integers(1, 30)
-)
+@given(st.lists(st.integers(1, 60), max_size=80), st.integers(1, 100), st.integers(1, 30))
 def test_plan_invariants(lengths: list[int], budget: int, window: int) -> None:
     costs = np.array(lengths, dtype=np.int64)
     batches = plan_batches(costs, budget_tokens=budget, window_rows=window)
@@ -58,6 +62,6 @@ def test_plan_invariants(lengths: list[int], budget: int, window: int) -> None:
     windows = [int(batch[0]) // window for batch in batches]
     assert windows == sorted(windows)
     if budget >= 60:  # no row is too long: batches are as full as they can be within a window
-        for left, right in zip(batches, batches[1:], strict=False):
+        for left, right in pairwise(batches):
             if left[0] // window == right[0] // window:
                 assert (len(left) + 1) * costs[left].max() > budget

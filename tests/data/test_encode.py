@@ -1,13 +1,17 @@
+from typing import Any
+
 import pytest
+from tiny_tokenizer import make_tokenizer
 
 from moe_lightning.data.encode import CHUNK_ROWS, Encoder
 from moe_lightning.data.records import Record, Row, RowError, RowOptions
-from tests.data.tiny_tokenizer import make_tokenizer
 
 USER = [{"role": "user", "content": "b a"}]
 
 
-def record(row: int, prompt: str | None = None, messages: list | None = None) -> Record:
+def record(
+    row: int, prompt: str | None = None, messages: list[dict[str, Any]] | None = None
+) -> Record:
     return Record(row, row + 1, f"id{row}", prompt, messages, RowOptions(seed=row))
 
 
@@ -67,7 +71,9 @@ def test_token_outside_the_vocabulary() -> None:
 
 @pytest.mark.parametrize("bad_prompt", ["\ud800", "a \udfff b"])
 def test_a_text_that_the_tokenizer_refuses_spoils_only_its_row(bad_prompt: str) -> None:
-    first, bad, last = make_encoder().encode([record(0, "a"), record(1, bad_prompt), record(2, "b")])
+    first, bad, last = make_encoder().encode(
+        [record(0, "a"), record(1, bad_prompt), record(2, "b")]
+    )
     assert isinstance(first, Row)
     assert isinstance(last, Row)
     assert last.token_ids == [1, 4]
