@@ -1,0 +1,1 @@
+"""Input files as rows, rows as planned batches, and training text as packed sequences."""

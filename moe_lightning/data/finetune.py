@@ -126,9 +126,9 @@ class TextData(LightningDataModule):
                 f"{self.batch_size} on {num_ranks} ranks): lower --data.batch_size or "
                 "--data.sequence_length, or give more text."
             )
-        # Seen in Lightning 2.6.6: `batch_idx` is that of the batch before, and is what a
-        # checkpoint restores; a batch that an exception interrupted counts as not begun.
-        loop = trainer.fit_loop
+        # Lightning 2.6.6 counts epochs wrongly after a run that max_steps stopped (one too many),
+        # and `ready` counts a batch that an exception broke off; `total.completed` is right always.
+        progress = trainer.fit_loop.epoch_loop.batch_progress
         return TrainLoader(
             self.sequences["train"],
             batch_size=self.batch_size,
@@ -136,7 +136,7 @@ class TextData(LightningDataModule):
             num_ranks=num_ranks,
             seed=self.seed,
             num_workers=self.num_workers,
-            next_batch=lambda: (trainer.current_epoch, loop.epoch_loop.batch_idx + 1),
+            num_done=lambda: progress.total.completed,
         )
 
     @override

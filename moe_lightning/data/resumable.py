@@ -1,20 +1,22 @@
 """Loaders of training and validation batches over ranks.
 
-                       step 0            step 1
-    order   7 2 9 4 │ 0 5 1 8 │ ...      two ranks of two sequences a step
-    rank 0  7   9   │ 0   1   │
-    rank 1    2   4 │   5   8 │
+    batch       0     1     2  │  3     4     5  │  6 ...
+    epoch       0              │  1              │  2
+    sequences   7294  0518  63.│ ....               in a new order every epoch
+    rank 0      7 9   0 1
+    rank 1       2 4   5 8
 
-Which sequences a batch holds follows from (seed, epoch, number of the batch, rank) alone, so that a
-run that stops anywhere goes on with the batches it would have had.
+Which sequences a batch holds follows from the seed, its number and the rank alone, so that a run that
+stops anywhere goes on with the batches it would have had.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -24,29 +26,48 @@ Batch = dict[str, Tensor]
 
 
 class _RankBatches(Dataset[Batch]):
-    """The batches of one rank; a batch past the last sequence is filled up with repeats."""
+    """The batches of one rank, numbered on and on over the epochs.
+
+    Args:
+        sequences: The sequences.
+        num_batches: The number of batches of an epoch.
+        batch_size: Sequences of a batch, per rank.
+        rank: The rank among those that get different data.
+        num_ranks: Their number.
+        seed: The seed of the order of an epoch; None keeps the order of the file.
+    """
 
     def __init__(
         self,
         sequences: TrainingSequences,
-        order_N: Sequence[int] | np.ndarray[Any, np.dtype[np.int64]],
         *,
+        num_batches: int,
         batch_size: int,
         rank: int,
         num_ranks: int,
+        seed: int | None,
     ) -> None:
         self.sequences = sequences
-        self.order_N = order_N
+        self.num_batches = num_batches
         self.batch_size = batch_size
         self.rank = rank
         self.num_ranks = num_ranks
+        self.seed = seed
+        self._epoch = -1
+        self._order_N: NDArray[np.int64] = np.arange(len(sequences))
 
     def __getitem__(self, number: int) -> Batch:
+        epoch, number = divmod(number, self.num_batches)
+        if self.seed is not None and epoch != self._epoch:
+            self._order_N = np.random.default_rng([self.seed, epoch]).permutation(
+                len(self.sequences)
+            )
+            self._epoch = epoch
         first = number * self.batch_size * self.num_ranks + self.rank
         places_B = [first + b * self.num_ranks for b in range(self.batch_size)]
-        num = len(self.order_N)
+        num = len(self._order_N)
         arrays = self.sequences.batch(
-            [int(self.order_N[place % num]) for place in places_B],
+            [int(self._order_N[place % num]) for place in places_B],
             [place >= num for place in places_B],
         )
         return {name: torch.from_numpy(values) for name, values in arrays.items()}
@@ -71,7 +92,7 @@ class TrainLoader:
         num_ranks: Their number.
         seed: The seed of the order.
         num_workers: Processes that make batches ahead of time; 0 makes them when they are due.
-        next_batch: Gives the epoch and the number of its next batch when an iteration begins.
+        num_done: Gives the number of batches that the run has done, over all epochs.
     """
 
     def __init__(
@@ -83,7 +104,7 @@ class TrainLoader:
         num_ranks: int,
         seed: int,
         num_workers: int,
-        next_batch: Callable[[], tuple[int, int]],
+        num_done: Callable[[], int],
     ) -> None:
         self.sequences = sequences
         self.batch_size = batch_size
@@ -91,31 +112,31 @@ class TrainLoader:
         self.num_ranks = num_ranks
         self.seed = seed
         self.num_workers = num_workers
-        self._next_batch = next_batch
+        self._num_done = num_done
 
     def __len__(self) -> int:
         return len(self.sequences) // (self.batch_size * self.num_ranks)
 
     def __iter__(self) -> Iterator[Batch]:
-        """Iterate over the rest of the current epoch.
+        """Iterate over as many batches as an epoch has, from the first that is not done.
 
         Returns:
-            The iterator. It asks for the epoch and the batch to begin with at its first batch:
-            Lightning makes it before it knows them.
+            The iterator. It asks how many are done only when its first batch is due: Lightning
+            makes it before it has restored them.
         """
-        epoch, first = self._next_batch()
-        order_N = np.random.default_rng([self.seed, epoch]).permutation(len(self.sequences))
         batches = _RankBatches(
             self.sequences,
-            order_N,
+            num_batches=len(self),
             batch_size=self.batch_size,
             rank=self.rank,
             num_ranks=self.num_ranks,
+            seed=self.seed,
         )
-        yield from batches.load(range(first, len(self)), self.num_workers)
+        first = self._num_done()
+        yield from batches.load(range(first, first + len(self)), self.num_workers)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what the order of batches depends on; Lightning keeps epoch and batch itself."""
+        """Return what the order of batches depends on; Lightning counts the batches itself."""
         return {
             "data": self.sequences.cache.directory.name,
             "num_sequences": len(self.sequences),
@@ -163,14 +184,15 @@ class ValidationLoader:
         num_ranks: int,
         num_workers: int,
     ) -> None:
+        self._num_batches = -(-len(sequences) // (batch_size * num_ranks))
         self._batches = _RankBatches(
             sequences,
-            range(len(sequences)),
+            num_batches=self._num_batches,
             batch_size=batch_size,
             rank=rank,
             num_ranks=num_ranks,
+            seed=None,
         )
-        self._num_batches = -(-len(sequences) // (batch_size * num_ranks))
         self._num_workers = num_workers
 
     def __len__(self) -> int:

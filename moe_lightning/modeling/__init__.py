@@ -1,1 +1,1 @@
-"""The only place that touches transformers' moving parts: checkpoints, the experts seam, loading, the KV cache."""
+"""The only place that touches transformers' moving parts: seam, checkpoints, loading, cache."""

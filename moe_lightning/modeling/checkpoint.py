@@ -263,7 +263,7 @@ def open_checkpoint(name: str | Path) -> CheckpointView:
 
 def _resolve(name: str) -> Path:
     if name == "demo":
-        path = Path(moe_lightning.demo.__file__).parent / "checkpoint"
+        path = moe_lightning.demo.checkpoint_path()
         if not path.is_dir():
             raise CheckpointError(
                 f"{path}: the demo checkpoint is missing from this installation. Reinstall "

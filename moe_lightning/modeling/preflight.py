@@ -255,6 +255,8 @@ def _find_mismatch(
         if name in unexplained
     ]
     mismatch.other += _told_twice(names)
+    if outcome.unexpected and not mismatch.extra:
+        mismatch.other.append(f"the model has no place for {min(outcome.unexpected)}")
     return mismatch
 
 

@@ -1,7 +1,7 @@
 """Score: the log-probability of a row's tokens."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -52,11 +52,14 @@ def _token_logprobs(runner: ModelRunner, batch: PaddedBatch, lengths: Sequence[i
     if runner.has_plain_head():
         hidden_ND = runner.last_hidden_state(batch).flatten(0, 1)[source_N]
         head = runner.model.get_output_embeddings()
-        chunks = zip(hidden_ND.split(CHUNK_TOKENS), target_N.split(CHUNK_TOKENS), strict=True)
+        chunks = _chunks(hidden_ND, target_N)
         return torch.cat([_logprob(head(hidden), target) for hidden, target in chunks])
     logits_NV = runner.logits(batch).flatten(0, 1)
-    chunks = zip(source_N.split(CHUNK_TOKENS), target_N.split(CHUNK_TOKENS), strict=True)
-    return torch.cat([_logprob(logits_NV[source], target) for source, target in chunks])
+    return torch.cat([_logprob(logits_NV[s], target) for s, target in _chunks(source_N, target_N)])
+
+
+def _chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    return zip(*(torch.split(tensor, CHUNK_TOKENS) for tensor in tensors), strict=True)
 
 
 def _logprob(logits_NV: Tensor, target_N: Tensor) -> Tensor:
@@ -65,5 +68,5 @@ def _logprob(logits_NV: Tensor, target_N: Tensor) -> Tensor:
 
 
 def _sum_by_row(logprobs_N: Tensor, lengths: Sequence[int]) -> list[float]:
-    pieces = logprobs_N.double().cpu().split([n - 1 for n in lengths])
+    pieces = torch.split(logprobs_N.double().cpu(), [n - 1 for n in lengths])
     return [float(piece.sum()) for piece in pieces]

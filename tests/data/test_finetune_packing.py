@@ -32,9 +32,7 @@ def make_cache(directory, documents, is_learnt=None) -> TokenCache:
 
 def pieces(plan) -> list[list[tuple[int, int]]]:
     pairs = list(zip(plan.starts_P.tolist(), plan.lengths_P.tolist(), strict=True))
-    return [
-        pairs[a:b] for a, b in zip(plan.first_piece[:-1], plan.first_piece[1:], strict=True)
-    ]
+    return [pairs[a:b] for a, b in zip(plan.first_piece[:-1], plan.first_piece[1:], strict=True)]
 
 
 def test_fill_cuts_documents_where_a_sequence_is_full():
@@ -49,9 +47,9 @@ def test_fill_leaves_a_single_free_place_and_single_tokens_out():
 
 
 def test_whole_keeps_documents_together_and_fits_them_best():
-    # Lengths 6, 3, 4, 2 and 11 in sequences of 8: 6+2 and 3+4, the last one cut.
+    # Lengths 6, 3, 4, 2 and 11 in sequences of 8: 3+4 is full first, then 6+2; the last one is cut.
     plan = plan_sequences(np.array([0, 6, 9, 13, 15, 26]), sequence_length=8, mode="whole")
-    assert pieces(plan) == [[(0, 6), (13, 2)], [(6, 3), (9, 4)], [(15, 8)], [(22, 4)]]
+    assert pieces(plan) == [[(6, 3), (9, 4)], [(0, 6), (13, 2)], [(15, 8)], [(22, 4)]]
 
 
 def test_single_gives_each_piece_its_own_sequence():

@@ -44,7 +44,7 @@ def test_text_file_is_split_at_separator_lines(tmp_path):
     file = write(tmp_path / "a.txt", f"\nfirst\n\nstill first\n{END}\n\n{END}\nsecond {END} line\n")
     assert [(d.line, d.text) for d in file] == [
         (1, "first\n\nstill first"),
-        (7, f"second {END} line"),
+        (8, f"second {END} line"),
     ]
 
 
@@ -137,7 +137,7 @@ def test_messages_without_a_chat_template_are_refused(tmp_path):
     tokenizer = make_tokenizer(300, max_positions=64)
     tokenizer.chat_template = None
     file = write_jsonl(tmp_path / "a.jsonl", {"messages": MESSAGES})
-    with pytest.raises(UsageError, match="line 1: has \"messages\", but the tokenizer has no chat"):
+    with pytest.raises(UsageError, match='line 1: has "messages", but the tokenizer has no chat'):
         cached(file, tokenizer, tmp_path / "cache")
 
 

@@ -1,0 +1,78 @@
+"""``export``: a training checkpoint as a Hugging Face directory."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from jsonargparse import ArgumentParser
+
+from moe_lightning.errors import CheckpointError, UsageError
+from moe_lightning.module import MoELightningModule
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run the verb.
+
+    Args:
+        arguments: The command line after the verb.
+
+    Returns:
+        0.
+    """
+    parser = ArgumentParser(
+        prog="python -m moe_lightning export",
+        description="Write a training checkpoint of fit as a Hugging Face directory.",
+    )
+    parser.add_argument(
+        "--model.checkpoint", type=str, help="The checkpoint that fit started from.", required=True
+    )
+    parser.add_argument(
+        "--ckpt_path", type=str, help="The training checkpoint, a .ckpt file of fit.", required=True
+    )
+    parser.add_argument(
+        "--export_dir", type=str, help="The directory to write; made if missing.", required=True
+    )
+    parser.add_argument(
+        "--dtype",
+        type=str | None,
+        choices=["float32", "bfloat16", "float16"],
+        help="Precision of the weights on disk. The default is that of --model.checkpoint.",
+    )
+    options = parser.parse_args(list(arguments))
+    export_checkpoint(
+        options["model.checkpoint"], options.ckpt_path, options.export_dir, dtype=options.dtype
+    )
+    print(f"exported: {options.export_dir}")
+    return 0
+
+
+def export_checkpoint(
+    checkpoint: str, ckpt_path: str, export_dir: str, *, dtype: str | None = None
+) -> None:
+    """Write a training checkpoint as a Hugging Face directory.
+
+    Args:
+        checkpoint: The checkpoint that fit started from.
+        ckpt_path: The training checkpoint.
+        export_dir: The directory to write.
+        dtype: Precision of the weights on disk; None is that of ``checkpoint``.
+
+    Raises:
+        UsageError: If a path cannot be used.
+        CheckpointError: If the two checkpoints do not belong together.
+    """
+    if not Path(ckpt_path).is_file():
+        raise UsageError(f"--ckpt_path {ckpt_path}: no such file.")
+    module = MoELightningModule(checkpoint, dtype="float32")
+    module.configure_model()
+    assert module.model is not None
+    try:
+        state = torch.load(ckpt_path, map_location="cpu", weights_only=True)["state_dict"]
+        module.load_state_dict(state)
+    except Exception as error:
+        raise CheckpointError(
+            f"{ckpt_path} is no training checkpoint of {checkpoint}: {error}"
+        ) from error
+    target = dtype or module.view.config.get_text_config().dtype
+    module.model.to(dtype=getattr(torch, target) if isinstance(target, str) else target)
+    module.export(export_dir)
