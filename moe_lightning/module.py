@@ -207,6 +207,11 @@ class MoELightningModule(L.LightningModule):
     # Training.
 
     @override
+    def on_fit_start(self) -> None:
+        assert self.model is not None, "configure_model has not run"
+        self.model.train()  # checkpoints load in eval mode, and Lightning leaves modes alone
+
+    @override
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Next-token loss plus the family's load-balancing loss.
 

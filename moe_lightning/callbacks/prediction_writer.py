@@ -99,6 +99,14 @@ class PredictionWriter(BasePredictionWriter):
         self._write_errors(parts, input_errors)
         shutil.rmtree(self._directory / PARTS)
 
+    @override
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        # Half a run is no result; run.json says why it ended.
+        if trainer.is_global_zero and hasattr(self, "_directory"):
+            shutil.rmtree(self._directory / PARTS, ignore_errors=True)
+
     def _write_errors(self, parts: Parts, input_errors: dict[int, str]) -> None:
         errors = input_errors | {row: parts.read(row) for row in parts.rows_failed}
         path = self._directory / "errors.jsonl"

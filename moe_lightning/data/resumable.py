@@ -1,13 +1,13 @@
 """Loaders of training and validation batches over ranks.
 
-    batch       0     1     2  │  3     4     5  │  6 ...
-    epoch       0              │  1              │  2
-    sequences   7294  0518  63.│ ....               in a new order every epoch
+    batch       0     1    │  2     3    │  4 ...
+    epoch       0          │  1          │  2
+    sequences   7294  0518 │  ...           in a new order every epoch; 6 and 3 are left out of this
     rank 0      7 9   0 1
     rank 1       2 4   5 8
 
-Which sequences a batch holds follows from the seed, its number and the rank alone, so that a run that
-stops anywhere goes on with the batches it would have had.
+Which sequences a batch holds follows from the seed, its number and the rank alone, so that a run
+that stops anywhere goes on with the batches it would have had.
 """
 
 from collections.abc import Callable, Iterator

@@ -133,6 +133,8 @@ class _DecodeLoop:
         self.config = config
 
     def run(self) -> None:
+        # Prompts that leave no room for a new token are done already.
+        self.progress(len(self.answers) - len(self.waiting), 0, 0, 0)
         while self.waiting or self.active:
             if self.waiting and self._may_admit():
                 self._admit()

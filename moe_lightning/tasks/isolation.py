@@ -1,6 +1,7 @@
 """One bad row costs one row: a batch that raises is split until the row is found."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from operator import add
 from typing import Any
 
 import torch
@@ -8,11 +9,17 @@ import torch
 from moe_lightning.data.records import Row, RowBatch, RowError
 from moe_lightning.errors import MoELightningError
 from moe_lightning.modeling.runner import ModelRunner
-from moe_lightning.tasks.task import Progress, Task
+from moe_lightning.tasks.task import NOT_FINITE, Progress, Task
 
 
-class Predictions(list[dict[str, Any]]):
+class Predictions:
     """One dict per row of a batch: its answer, or the keys of ``errors.jsonl``.
+
+    Deliberately no list: Lightning walks into lists, down to every number of an embedding, when it
+    keeps predictions.
+
+    Args:
+        results: For each row, its position in the input, and its answer or error.
 
     Attributes:
         row_numbers: Position in the input of each row.
@@ -21,12 +28,24 @@ class Predictions(list[dict[str, Any]]):
     """
 
     def __init__(self, results: Sequence[tuple[int, dict[str, Any] | RowError]]) -> None:
-        super().__init__(r.to_json() if isinstance(r, RowError) else r for _, r in results)
+        self._rows = [r.to_json() if isinstance(r, RowError) else r for _, r in results]
         self.row_numbers = [number for number, _ in results]
         self.has_failed = [isinstance(r, RowError) for _, r in results]
         self.num_not_finite = sum(
-            isinstance(r, RowError) and "NaN or infinite" in r.error for _, r in results
+            isinstance(r, RowError) and r.error.startswith(NOT_FINITE) for _, r in results
         )
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return iter(self._rows)
+
+    def __getitem__(self, position: int) -> dict[str, Any]:
+        return self._rows[position]
+
+    def __repr__(self) -> str:
+        return f"Predictions({self._rows!r})"
 
     @property
     def num_errors(self) -> int:
@@ -57,17 +76,26 @@ def run_isolated(
     def run(rows: Sequence[Row]) -> list[dict[str, Any] | RowError]:
         if not rows:
             return []
+        counted = [0, 0, 0, 0]
+
+        def count(*increase: int) -> None:
+            counted[:] = map(add, counted, increase)
+            progress(*increase)
+
         try:
-            return task.run(runner, rows, budget_tokens=budget_tokens, progress=progress)
+            return task.run(runner, rows, budget_tokens=budget_tokens, progress=count)
         except (torch.OutOfMemoryError, MemoryError, MoELightningError):
             raise
         except Exception as error:
+            progress(*(-n for n in counted))
             if len(rows) > 1:
                 half = len(rows) // 2
                 return run(rows[:half]) + run(rows[half:])
             (row,) = rows
+            progress(1, 0, 0, 0)
             message = f"the model raised {type(error).__name__}: {error}"
             return [RowError(row=row.row, line=row.line, id=row.id, stage="compute", error=message)]
 
     answers = [(row.row, answer) for row, answer in zip(batch.rows, run(batch.rows), strict=True)]
+    progress(len(batch.errors), 0, 0, 0)
     return Predictions(answers + [(error.row, error) for error in batch.errors])

@@ -14,6 +14,9 @@ Progress = Callable[[int, int, int, int], None]
 """Called with the increase in (rows, prompt tokens, new tokens, padding tokens)."""
 
 
+NOT_FINITE = "the model gave NaN or infinite"
+
+
 class Task(ABC):
     """What to compute for every row.
 
@@ -67,6 +70,6 @@ def not_finite(row: Row, what: str) -> RowError:
         line=row.line,
         id=row.id,
         stage="compute",
-        error=f"the model gave NaN or infinite {what} for this row; if many rows fail, look for "
+        error=f"{NOT_FINITE} {what} for this row; if many rows fail, look for "
         "bad weights with --model.check_weights true, or use a wider --model.dtype",
     )
