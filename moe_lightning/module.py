@@ -241,10 +241,12 @@ class MoELightningModule(L.LightningModule):
             batch_idx: Number of the batch.
             dataloader_idx: Number of the dataloader.
         """
+        # A batch without targets (padding of a rank with less data) weighs nothing, but every rank
+        # takes part in the forward and in the sum.
         num_targets = int((batch["labels"][:, 1:] != -100).sum())
-        if num_targets:
-            loss, _ = self._losses(batch, with_aux_loss=False)
-            self.log("val_loss", loss, prog_bar=True, batch_size=num_targets, sync_dist=True)
+        loss, _ = self._losses(batch, with_aux_loss=False)
+        loss = loss if num_targets else torch.zeros_like(loss)
+        self.log("val_loss", loss, prog_bar=True, batch_size=num_targets, sync_dist=True)
 
     def _losses(
         self, batch: dict[str, Tensor], *, with_aux_loss: bool = True

@@ -23,10 +23,14 @@ class Throughput(Callback):
 
     Args:
         output_dir: Where ``run.json`` goes. The default is the trainer's ``default_root_dir``.
+
+    Attributes:
+        num_errors: After the run, rows in ``errors.jsonl``, over all ranks.
     """
 
     def __init__(self, output_dir: str | None = None) -> None:
         self.output_dir = output_dir
+        self.num_errors = 0
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -37,6 +41,7 @@ class Throughput(Callback):
         if stage != "predict":
             return
         counts = self._counts(trainer, pl_module)
+        self.num_errors = int(counts["num_errors"]) + _num_input_errors(trainer)
         if trainer.is_global_zero:
             report = self._write(trainer, counts, "finished")
             print(_summary(report), file=sys.stderr)
@@ -66,7 +71,7 @@ class Throughput(Callback):
         directory = Path(self.output_dir or trainer.default_root_dir)
         elapsed_s = counts["elapsed_s"]
         tokens = counts["num_prompt_tokens"] + counts["num_new_tokens"]
-        input_errors = len(getattr(getattr(trainer, "datamodule", None), "row_errors", ()))
+        input_errors = _num_input_errors(trainer)
         num_failed = int(counts["num_errors"]) + input_errors
         report = {
             "exit_reason": exit_reason,
@@ -108,6 +113,11 @@ def _own_counts(trainer: Trainer, pl_module: LightningModule) -> dict[str, float
     )
     tally = getattr(pl_module, "tally", None)
     return {name: float(getattr(tally, name, 0)) for name in names}
+
+
+def _num_input_errors(trainer: Trainer) -> int:
+    # Every rank reads the whole input, so these are not summed over ranks.
+    return len(getattr(getattr(trainer, "datamodule", None), "row_errors", ()))
 
 
 def _devices(trainer: Trainer) -> list[str]:

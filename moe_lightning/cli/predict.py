@@ -18,6 +18,7 @@ def run(arguments: Sequence[str]) -> int:
     Returns:
         0 if every row was answered, 3 if some are in ``errors.jsonl``.
     """
+    throughput = Throughput()
     cli = MoECLI(
         datamodule_class=PromptData,
         output_dir="./outputs/predict",
@@ -27,7 +28,7 @@ def run(arguments: Sequence[str]) -> int:
             "enable_checkpointing": False,
             "enable_model_summary": False,
             "devices": 1,
-            "callbacks": [RowProgressBar(), Throughput()],
+            "callbacks": [RowProgressBar(), throughput],
         },
         arguments=arguments,
     )
@@ -38,5 +39,4 @@ def run(arguments: Sequence[str]) -> int:
         weights_only=True,
         return_predictions=False,
     )
-    num_errors = cli.model.tally.num_errors + len(cli.datamodule.row_errors)
-    return SOME_ROWS_FAILED if num_errors else 0
+    return SOME_ROWS_FAILED if throughput.num_errors else 0

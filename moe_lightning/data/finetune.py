@@ -14,6 +14,7 @@ from moe_lightning.data.documents import DocumentFile, TrainingFormat
 from moe_lightning.data.packing import TrainingSequences
 from moe_lightning.data.resumable import TrainLoader, ValidationLoader
 from moe_lightning.data.token_cache import TokenCache, cache_key, write_cache
+from moe_lightning.demo import finetune_path
 from moe_lightning.errors import UsageError
 
 Part = Literal["train", "val"]
@@ -25,8 +26,10 @@ class TextData(LightningDataModule):
     Args:
         train: The training file: JSON Lines of {"text"}, {"prompt", "answer"} or {"messages"} (only
             answers and the assistant's messages are learnt), or a text file whose documents are
-            separated by lines that say <|endoftext|>.
-        val: The held-out file, of the same kind; null means that there is no validation.
+            separated by lines that say <|endoftext|>. demo means the small sample that ships with
+            the package.
+        val: The held-out file, of the same kind; demo means the shipped one, and null that there is
+            no validation.
         format: The format of both files; auto goes by the ending of their names.
         sequence_length: The number of tokens of a training sequence; longer documents are cut.
         batch_size: The number of sequences of a step on each rank.
@@ -58,7 +61,10 @@ class TextData(LightningDataModule):
         ):
             if value < least:
                 raise UsageError(f"--data.{name} is {value}: give {least} or more.")
-        self.paths: dict[Part, str | None] = {"train": train, "val": val}
+        self.paths: dict[Part, str | None] = {
+            part: str(finetune_path(part)) if path == "demo" else path
+            for part, path in (("train", train), ("val", val))
+        }
         self.format: TrainingFormat = format
         self.sequence_length = sequence_length
         self.batch_size = batch_size

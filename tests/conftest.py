@@ -1,0 +1,165 @@
+"""Tiny random checkpoints, and two ways to run them: this package's, and unmodified transformers.
+
+Fixtures are factories that keep what they made for the session.
+"""
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from moe_lightning import MoELightningModule
+from moe_lightning.data.records import Row, RowOptions
+from moe_lightning.demo.random_checkpoint import make_checkpoint
+from moe_lightning.modeling.runner import ModelRunner
+from moe_lightning.tasks import Task
+
+FAMILIES = (
+    "mixtral",
+    "qwen2_moe",
+    "qwen3_moe",
+    "olmoe",
+    "deepseek_v2",
+    "deepseek_v3",
+    "gpt_oss",
+    "glm4_moe",
+    "granitemoe",
+    "phimoe",
+)
+TINY = {
+    "hidden_size": 32,
+    "num_layers": 3,  # the DeepSeek families begin with a dense layer
+    "num_experts": 8,
+    "top_k": 2,
+    "expert_size": 24,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "vocab_size": 320,
+    "max_positions": 64,  # gpt_oss then has a window of 16
+}
+
+
+class PlainTransformers:
+    """A checkpoint in unmodified transformers, one row at a time: no padding, no refill."""
+
+    def __init__(self, path: Path) -> None:
+        self.model: Any = AutoModelForCausalLM.from_pretrained(
+            path, dtype=torch.float32, experts_implementation="eager"
+        ).eval()
+
+    @torch.inference_mode()
+    def logits(self, token_ids: list[int]) -> Tensor:
+        return self.model(torch.tensor([token_ids]), use_cache=False).logits[0]
+
+    def logprob(self, token_ids: list[int]) -> float:
+        logprobs = self.logits(token_ids)[:-1].double().log_softmax(1)
+        return float(logprobs.gather(1, torch.tensor(token_ids[1:])[:, None]).sum())
+
+    @torch.inference_mode()
+    def embedding(self, token_ids: list[int]) -> Tensor:
+        output = self.model(
+            torch.tensor([token_ids]), use_cache=False, output_hidden_states=True
+        )
+        return output.hidden_states[-1][0].mean(0)
+
+    @torch.inference_mode()
+    def greedy(self, token_ids: list[int], max_new_tokens: int, **options: Any) -> list[int]:
+        """New tokens of transformers' own ``generate``, the end-of-sequence token included."""
+        output = self.model.generate(
+            torch.tensor([token_ids]),
+            attention_mask=torch.ones(1, len(token_ids), dtype=torch.int64),
+            do_sample=False,
+            max_new_tokens=max_new_tokens,
+            **options,
+        )
+        return output[0, len(token_ids) :].tolist()
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request: pytest.FixtureRequest) -> str:
+    """Each of the promised families in turn."""
+    return str(request.param)
+
+
+@pytest.fixture(params=["reference", "grouped_mm"])
+def backend(request: pytest.FixtureRequest) -> str:
+    """Each of the backends in turn."""
+    return str(request.param)
+
+
+@pytest.fixture(scope="session")
+def family_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Directory of a tiny checkpoint: ``family_checkpoint(family, seed=..., overrides={...})``."""
+    made: dict[str, Path] = {}
+
+    def make(family: str, **settings: Any) -> Path:
+        key = repr((family, sorted(settings.items())))
+        if key not in made:
+            path = tmp_path_factory.mktemp("checkpoints") / family
+            made[key] = make_checkpoint(path, family=family, **{**TINY, **settings})
+        return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def plain_transformers() -> Callable[[Path], PlainTransformers]:
+    """The reference of most tests."""
+    return cache(PlainTransformers)
+
+
+@pytest.fixture(scope="session")
+def loaded_module() -> Callable[..., MoELightningModule]:
+    """A module with its model loaded, shared: tests must leave it as it was."""
+
+    @cache
+    def load(path: Path, backend: Any = "grouped_mm") -> MoELightningModule:
+        module = MoELightningModule(str(path), experts_backend=backend)
+        module.configure_model()
+        return module
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def loaded_runner(loaded_module: Any) -> Callable[..., ModelRunner]:
+    """The runner of :func:`loaded_module`."""
+    return lambda path, backend="grouped_mm": loaded_module(path, backend).runner
+
+
+@pytest.fixture(scope="session")
+def random_ids() -> Callable[..., list[int]]:
+    """Token ids that are no special tokens: ``random_ids(length, seed)``."""
+
+    def draw(length: int, seed: int = 0) -> list[int]:
+        generator = torch.Generator().manual_seed(1000 * length + seed)
+        return torch.randint(4, 320, (length,), generator=generator).tolist()
+
+    return draw
+
+
+@pytest.fixture(scope="session")
+def run_task() -> Callable[..., list[Any]]:
+    """Run a task over prompts of token ids; ``options`` are RowOptions, one for each."""
+
+    @torch.inference_mode()
+    def run(
+        task: Task,
+        runner: ModelRunner,
+        prompts: list[list[int]],
+        *,
+        options: list[RowOptions] | None = None,
+        budget_tokens: int = 4096,
+    ) -> list[Any]:
+        rows = [
+            Row(n, n + 1, f"row-{n}", prompt, (options or [RowOptions()] * len(prompts))[n])
+            for n, prompt in enumerate(prompts)
+        ]
+        return task.run(runner, rows, budget_tokens=budget_tokens, progress=lambda *_: None)
+
+    return run
