@@ -62,8 +62,8 @@ class TextData(LightningDataModule):
             if value < least:
                 raise UsageError(f"--data.{name} is {value}: give {least} or more.")
         self.paths: dict[Part, str | None] = {
-            part: str(finetune_path(part)) if path == "demo" else path
-            for part, path in (("train", train), ("val", val))
+            "train": str(finetune_path("train")) if train == "demo" else train,
+            "val": str(finetune_path("val")) if val == "demo" else val,
         }
         self.format: TrainingFormat = format
         self.sequence_length = sequence_length

@@ -18,7 +18,7 @@ from transformers.cache_utils import Cache
 
 from moe_lightning.modeling.cache import ColumnCache
 from moe_lightning.modeling.runner import ModelRunner
-from moe_lightning.tasks.sampling import Sampling, choose_tokens
+from moe_lightning.tasks.sampling import Sampling, choose_tokens, penalise_repetition
 from moe_lightning.tasks.task import Progress
 
 PREFILL_SHARE = 8  # rows are taken in once 1/8 of the places is free, to share a forward
@@ -235,6 +235,9 @@ class _DecodeLoop:
 
     def _choose(self, logits_NV: Tensor, rows: Sequence[_Active]) -> tuple[list[int], list[bool]]:
         sampling = [row.request.sampling for row in rows]
+        if any(how.repetition_penalty != 1.0 for how in sampling):
+            history = [[*row.request.token_ids, *row.answer.token_ids] for row in rows]
+            logits_NV = penalise_repetition(logits_NV, sampling, history)
         tokens_N, is_finite_N = choose_tokens(
             logits_NV, sampling, [len(r.answer.token_ids) for r in rows]
         )

@@ -23,12 +23,15 @@ class Sampling:
         top_p: Keep the most likely tokens that together have at least this probability; 1 keeps
             all.
         seed: Seed of the row's random numbers.
+        repetition_penalty: Makes tokens that the row has already less likely (Keskar et al. 2019);
+            1 changes nothing.
     """
 
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
     seed: int = 0
+    repetition_penalty: float = 1.0
 
 
 def row_seed(run_seed: int, row_id: str | int) -> int:
@@ -66,6 +69,30 @@ def choose_tokens(
         )
         tokens_N = tokens_N.index_copy(0, rows, chosen)
     return tokens_N, best_N.isfinite()
+
+
+def penalise_repetition(
+    logits_NV: Tensor, sampling: Sequence[Sampling], tokens: Sequence[Sequence[int]]
+) -> Tensor:
+    """Apply each row's repetition penalty, as transformers does, to all tokens of the row.
+
+    Args:
+        logits_NV: Logits of the last position, any float dtype.
+        sampling: How each row's token is chosen.
+        tokens: The tokens of each row, its prompt included.
+
+    Returns:
+        The changed logits, fp32.
+    """
+    width = max(map(len, tokens))
+    # A row's last token fills it up: the penalty of a token does not depend on how often it stands.
+    index_NS = torch.tensor([[*row, *[row[-1]] * (width - len(row))] for row in tokens])
+    index_NS = index_NS.to(logits_NV.device)
+    penalty_N1 = torch.tensor([[how.repetition_penalty] for how in sampling]).to(logits_NV.device)
+    logits_NV = logits_NV.float()
+    seen_NS = logits_NV.gather(1, index_NS)
+    seen_NS = torch.where(seen_NS < 0, seen_NS * penalty_N1, seen_NS / penalty_N1)
+    return logits_NV.scatter(1, index_NS, seen_NS)
 
 
 def _sample(logits_NV: Tensor, sampling: Sequence[Sampling], steps: Sequence[int]) -> Tensor:
