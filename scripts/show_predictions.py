@@ -11,7 +11,7 @@ NUM_SHOWN = 5
 
 def main() -> None:
     parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
-    parser.add_argument("--output_dir", default="./outputs/predict")
+    parser.add_argument("--output_dir", default="./outputs/single_device")
     options, _ = parser.parse_known_args()
     path = Path(options.output_dir) / "predictions.jsonl"
     if not path.is_file():  # --help, --print_config, or Parquet output

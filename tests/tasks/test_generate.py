@@ -1,8 +1,11 @@
 """Generate answers what transformers' own ``generate`` answers, whatever the batch."""
 
+import numpy as np
 import pytest
+import torch
 
-from moe_lightning.data.records import RowError, RowOptions
+from moe_lightning import MoELightningModule
+from moe_lightning.data.records import Row, RowError, RowOptions
 from moe_lightning.errors import UsageError
 from moe_lightning.tasks import Generate
 
@@ -128,8 +131,6 @@ def test_own_options_come_before_the_tasks(
 
 
 def test_progress_adds_up(family_checkpoint, loaded_runner, random_ids):
-    from moe_lightning.data.records import Row
-
     runner = loaded_runner(family_checkpoint("qwen3_moe"))
     rows = [
         Row(n, n, n, random_ids(length), option)
@@ -146,8 +147,6 @@ def test_progress_adds_up(family_checkpoint, loaded_runner, random_ids):
 
 
 def test_planned_tokens_are_prompt_and_answer():
-    import numpy as np
-
     planned = Generate().planned_tokens(np.array([3, 10]), np.array([5, 1]))
     assert planned.tolist() == [8, 11]
     assert Generate(rows_factor=3).rows_factor == 3
@@ -171,10 +170,6 @@ def test_options_out_of_range_are_named(option, value):
 
 
 def test_not_finite_rows_are_errors(family_checkpoint, run_task, random_ids):
-    import torch
-
-    from moe_lightning import MoELightningModule
-
     module = MoELightningModule(str(family_checkpoint("qwen3_moe")))
     module.configure_model()
     with torch.no_grad():

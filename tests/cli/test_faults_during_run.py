@@ -1,0 +1,215 @@
+"""What goes wrong once a run has begun: rows that raise, memory, disk, Ctrl-C, kill."""
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import moe_lightning
+from moe_lightning.callbacks import prediction_writer
+from moe_lightning.cli import main as cli_main
+from moe_lightning.tasks import Embed, Generate, Score
+from moe_lightning.tasks import generate as generate_file
+
+ROWS = [{"id": name, "prompt": f"the row {name}"} for name in ("a", "b", "bad", "c", "d")]
+
+
+@pytest.fixture
+def predict_rows(predict, write_rows):
+    write_rows("in.jsonl", ROWS)
+    return lambda *arguments: predict("--data.input", "in.jsonl", *arguments)
+
+
+@pytest.mark.parametrize("task", [Generate, Score, Embed])
+@pytest.mark.parametrize("budget", [16384, 1], ids=["one batch", "a batch a row"])
+def test_a_row_that_makes_the_model_raise_costs_one_row(
+    predict_rows, read_rows, monkeypatch, task, budget
+) -> None:
+    name = task.__name__
+    options = ("--model.task", name, "--data.max_batch_tokens", budget)
+    assert predict_rows(*options).code == 0
+    wanted = [row for row in read_rows("out/predictions.jsonl") if row["id"] != "bad"]
+    run = task.run
+
+    def run_or_raise(self: Any, runner: Any, rows: Sequence[Any], **options: Any) -> Any:
+        if any(row.id == "bad" for row in rows):
+            raise RuntimeError("index 99 is out of bounds")
+        return run(self, runner, rows, **options)
+
+    monkeypatch.setattr(task, "run", run_or_raise)
+    finished = predict_rows(*options)
+    assert finished.code == 3, finished.err
+    assert "Traceback" not in finished.err
+    answers = read_rows("out/predictions.jsonl")
+    assert [row["id"] for row in answers] == ["a", "b", "c", "d"]
+    if task is Generate:
+        assert answers == wanted
+    (error,) = read_rows("out/errors.jsonl")
+    assert list(error) == ["id", "line", "stage", "error"]
+    assert (error["id"], error["line"], error["stage"]) == ("bad", 3, "compute")
+    assert "RuntimeError: index 99 is out of bounds" in error["error"]
+    report = json.loads(Path("out/run.json").read_text())
+    assert (report["num_rows"], report["num_predictions"], report["num_errors"]) == (5, 4, 1)
+    assert report["exit_reason"] == "finished"
+
+
+def test_rows_computed_twice_because_of_a_bad_one_are_counted_once(
+    predict_rows, read_rows, monkeypatch
+) -> None:
+    """The answer of ``bad`` fails at the very end, when its batch has been decoded."""
+    to_row = generate_file._to_row
+
+    def to_row_or_raise(row: Any, *rest: Any) -> Any:
+        if row.id == "bad":
+            raise ValueError("cannot be decoded")
+        return to_row(row, *rest)
+
+    monkeypatch.setattr(generate_file, "_to_row", to_row_or_raise)
+    assert predict_rows("--model.task.max_new_tokens", 4).code == 3
+    report = json.loads(Path("out/run.json").read_text())
+    assert (report["num_rows"], report["num_predictions"], report["num_errors"]) == (5, 4, 1)
+    assert len(read_rows("out/predictions.jsonl")) == 4
+
+
+def test_when_every_row_raises_the_job_still_ends_with_3(
+    predict_rows, read_rows, monkeypatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("no row can be computed")
+
+    monkeypatch.setattr(Score, "run", fail)
+    assert predict_rows("--model.task", "Score").code == 3
+    assert Path("out/predictions.jsonl").read_bytes() == b""
+    assert [row["id"] for row in read_rows("out/errors.jsonl")] == [row["id"] for row in ROWS]
+
+
+def code_of(run: Any, *arguments: object) -> int:
+    """The exit code; an exception that reaches the interpreter is 1."""
+    try:
+        return run(*arguments).code
+    except Exception:
+        return 1
+
+
+FAULTS = {
+    "out of memory": torch.OutOfMemoryError("tried to allocate 20.00 GiB"),
+    "host memory": MemoryError("no memory"),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_memory_that_runs_out_ends_the_run_with_its_reason_and_no_predictions(
+    predict_rows, monkeypatch, name
+) -> None:
+    fault, run = FAULTS[name], Score.run
+
+    def run_or_raise(self: Any, runner: Any, rows: Sequence[Any], **options: Any) -> Any:
+        if any(row.id == "c" for row in rows):
+            raise fault
+        return run(self, runner, rows, **options)
+
+    monkeypatch.setattr(Score, "run", run_or_raise)
+    options = ("--model.task", "Score", "--data.max_batch_tokens", 1)
+    assert code_of(predict_rows, *options) == 1
+    report = json.loads(Path("out/run.json").read_text())
+    assert type(fault).__name__ in report["exit_reason"]
+    assert str(fault) in report["exit_reason"]
+    assert {p.name for p in Path("out").iterdir()} == {"config.yaml", "run.json"}
+
+
+def test_memory_that_runs_out_says_what_to_do(predict_rows, monkeypatch) -> None:
+    def fail(*_: Any, **__: Any) -> Any:
+        raise torch.OutOfMemoryError("tried to allocate 20.00 GiB")
+
+    monkeypatch.setattr(Score, "run", fail)
+    finished = predict_rows("--model.task", "Score")
+    assert finished.code == 1
+    assert "Traceback" not in finished.err
+    assert "--data.max_batch_tokens" in finished.err
+
+
+@pytest.fixture
+def full_disk(monkeypatch):
+    """A disk that takes one part file and no more."""
+    taken = []
+    write = prediction_writer.atomic_writer
+
+    def write_once(path: Path) -> Any:
+        if taken:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        taken.append(path)
+        return write(path)
+
+    monkeypatch.setattr(prediction_writer, "atomic_writer", write_once)
+
+
+def test_a_full_disk_ends_the_run_with_its_reason_and_no_predictions(
+    predict_rows, full_disk
+) -> None:
+    options = ("--model.task", "Score", "--data.max_batch_tokens", 1)
+    assert code_of(predict_rows, *options) == 1
+    report = json.loads(Path("out/run.json").read_text())
+    assert "No space left on device" in report["exit_reason"]
+    assert {p.name for p in Path("out").iterdir()} == {"config.yaml", "run.json"}
+
+
+def test_ctrl_c_while_the_verb_is_imported_is_exit_code_5(run, monkeypatch) -> None:
+    """Importing torch takes seconds, and is when a typo in the command is noticed."""
+
+    def interrupt(name: str) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli_main, "import_module", interrupt)
+    try:
+        finished = run("predict")
+    except KeyboardInterrupt:
+        pytest.fail("Ctrl-C during the import ends in a traceback")
+    assert finished.code == 5
+    assert "interrupted" in finished.err
+
+
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "kill"])
+def test_an_interrupted_run_ends_within_seconds_with_exit_code_5(
+    work, tiny, write_rows, stop
+) -> None:
+    write_rows("in.jsonl", [{"id": n, "prompt": f"row {n}"} for n in range(5000)])
+    root = str(Path(moe_lightning.__file__).parent.parent)
+    path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
+    with open("stderr", "wb") as stderr:
+        process = subprocess.Popen(
+            [
+                *(sys.executable, "-m", "moe_lightning", "predict", "--data.input", "in.jsonl"),
+                *("--model.checkpoint", str(tiny), "--output_dir", "out"),
+                *("--model.task.max_new_tokens", "100", "--model.task.ignore_eos", "true"),
+                *("--data.max_batch_tokens", "256"),
+            ],
+            env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.DEVNULL,
+            stderr=stderr,
+        )
+    try:
+        deadline_s = time.monotonic() + 60
+        while not list(Path().glob("out/parts/*.part")):  # one batch is done, the next has begun
+            assert process.poll() is None, Path("stderr").read_text()
+            assert time.monotonic() < deadline_s, "the run did not begin"
+            time.sleep(0.05)
+        process.send_signal(stop)
+        assert process.wait(timeout=10) == 5, Path("stderr").read_text()[-2000:]
+    finally:
+        process.kill()
+        process.wait()
+    message = Path("stderr").read_text()
+    assert "Traceback" not in message
+    assert "interrupted" in message.lower()
+    report = json.loads(Path("out/run.json").read_text())
+    assert report["exit_reason"] == "interrupted"
+    assert {p.name for p in Path("out").iterdir()} == {"config.yaml", "run.json"}
