@@ -99,9 +99,7 @@ def load(loader: str, path: Path) -> dict[str, Any]:
 
 def _memory() -> tuple[int, int]:
     """Bytes in use now, and at most since the high-water mark was reset."""
-    status = dict(
-        line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines()
-    )
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return tuple(int(status[key].split()[0]) * 1024 for key in ("VmRSS", "VmHWM"))  # type: ignore
 
 
@@ -110,8 +108,7 @@ def run_self(*options: str) -> str:
     environment = os.environ | {"TOKENIZERS_PARALLELISM": "false"}
     done = subprocess.run(
         [sys.executable, __file__, *options],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        capture_output=True,
         text=True,
         env=environment,
     )
@@ -124,9 +121,7 @@ def measure(args: argparse.Namespace, path: Path) -> list[dict[str, Any]]:
     results = []
     for loader in [args.only] if args.only else LOADERS:
         result = json.loads(run_self("--load", loader, "--checkpoint", str(path)).splitlines()[-1])
-        result["bound_bytes"] = (
-            result["weight_bytes"] + result["largest_tensor_bytes"] + args.slack
-        )
+        result["bound_bytes"] = result["weight_bytes"] + result["largest_tensor_bytes"] + args.slack
         result["is_within_bound"] = result["peak_bytes"] <= result["bound_bytes"]
         result["gb_per_s"] = result["weight_bytes"] / result["load_s"] / 1e9
         results.append(result)

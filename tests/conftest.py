@@ -62,9 +62,7 @@ class PlainTransformers:
 
     @torch.inference_mode()
     def embedding(self, token_ids: list[int]) -> Tensor:
-        output = self.model(
-            torch.tensor([token_ids]), use_cache=False, output_hidden_states=True
-        )
+        output = self.model(torch.tensor([token_ids]), use_cache=False, output_hidden_states=True)
         return output.hidden_states[-1][0].mean(0)
 
     @torch.inference_mode()

@@ -138,9 +138,7 @@ def test_the_backend_is_chosen_by_name(name, compute, family_checkpoint):
         assert dispatcher_of(layer).shard.backend is compute
 
 
-@pytest.mark.parametrize(
-    ("name", "dtype"), [("auto", torch.float32), ("bfloat16", torch.bfloat16)]
-)
+@pytest.mark.parametrize(("name", "dtype"), [("auto", torch.float32), ("bfloat16", torch.bfloat16)])
 def test_dtypes(name, dtype, family_checkpoint, tmp_path):
     path = family_checkpoint("qwen3_moe", dtype="bfloat16")
     module = MoELightningModule(str(path), dtype=name, task=Score())

@@ -60,7 +60,7 @@ def test_temporary_files_of_unfinished_parts_are_left_out(tmp_path: Path) -> Non
 
 
 def test_text_with_tabs_line_ends_and_other_alphabets_is_kept(tmp_path: Path) -> None:
-    text = "tab\t newline\n return\r\n separator\u2028 日本 é \x00 \\ \""
+    text = 'tab\t newline\n return\r\n separator\u2028 日本 é \x00 \\ "'
     (tmp_path / "0-00000000.part").write_bytes(
         f"1\tok\t{to_json({'text': text})}\n0\tok\t{to_json({'text': 'first'})}\n".encode()
     )

@@ -177,39 +177,65 @@ def test_ctrl_c_while_the_verb_is_imported_is_exit_code_5(run, monkeypatch) -> N
     assert "interrupted" in finished.err
 
 
+def start(*arguments: object) -> subprocess.Popen[bytes]:
+    """A process of its own; what it says goes to the file ``stderr``."""
+    root = str(Path(moe_lightning.__file__).parent.parent)
+    path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
+    with open("stderr", "wb") as stderr:
+        return subprocess.Popen(
+            [sys.executable, "-m", "moe_lightning", *map(str, arguments)],
+            env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.DEVNULL,
+            stderr=stderr,
+        )
+
+
+def stop_once_there_is(
+    pattern: str, process: subprocess.Popen[bytes], stop: signal.Signals
+) -> tuple[int, str]:
+    """Wait for a file, send a signal, and return the exit code and what the process said."""
+    try:
+        deadline_s = time.monotonic() + 60
+        while not list(Path().glob(pattern)):
+            assert process.poll() is None, Path("stderr").read_text()
+            assert time.monotonic() < deadline_s, "the run did not begin"
+            time.sleep(0.05)
+        process.send_signal(stop)
+        return process.wait(timeout=10), Path("stderr").read_text()
+    finally:
+        process.kill()
+        process.wait()
+
+
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "kill"])
 def test_an_interrupted_run_ends_within_seconds_with_exit_code_5(
     work, tiny, write_rows, stop
 ) -> None:
     write_rows("in.jsonl", [{"id": n, "prompt": f"row {n}"} for n in range(5000)])
-    root = str(Path(moe_lightning.__file__).parent.parent)
-    path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
-    with open("stderr", "wb") as stderr:
-        process = subprocess.Popen(
-            [
-                *(sys.executable, "-m", "moe_lightning", "predict", "--data.input", "in.jsonl"),
-                *("--model.checkpoint", str(tiny), "--output_dir", "out"),
-                *("--model.task.max_new_tokens", "100", "--model.task.ignore_eos", "true"),
-                *("--data.max_batch_tokens", "256"),
-            ],
-            env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.DEVNULL,
-            stderr=stderr,
-        )
-    try:
-        deadline_s = time.monotonic() + 60
-        while not list(Path().glob("out/parts/*.part")):  # one batch is done, the next has begun
-            assert process.poll() is None, Path("stderr").read_text()
-            assert time.monotonic() < deadline_s, "the run did not begin"
-            time.sleep(0.05)
-        process.send_signal(stop)
-        assert process.wait(timeout=10) == 5, Path("stderr").read_text()[-2000:]
-    finally:
-        process.kill()
-        process.wait()
-    message = Path("stderr").read_text()
-    assert "Traceback" not in message
-    assert "interrupted" in message.lower()
+    process = start(
+        *("predict", "--model.checkpoint", tiny, "--data.input", "in.jsonl"),
+        *("--output_dir", "out", "--data.max_batch_tokens", 256),
+        *("--model.task.max_new_tokens", 100, "--model.task.ignore_eos", "true"),
+    )
+    # By then one batch is done and the next has begun.
+    code, said = stop_once_there_is("out/parts/*.part", process, stop)
+    assert code == 5, said[-2000:]
+    assert "Traceback" not in said
+    assert "interrupted" in said.lower()
     report = json.loads(Path("out/run.json").read_text())
     assert report["exit_reason"] == "interrupted"
     assert {p.name for p in Path("out").iterdir()} == {"config.yaml", "run.json"}
+
+
+def test_an_interrupted_fit_ends_within_seconds_with_exit_code_5(work, tiny) -> None:
+    Path("train.txt").write_text("so long lives this and this gives life to thee\n" * 500)
+    process = start(
+        *("fit", "--model.checkpoint", tiny, "--data.train", "train.txt", "--output_dir", "out"),
+        *("--data.sequence_length", 32, "--trainer.max_steps", 100_000),
+        *("--save.every_n_train_steps", 5, "--trainer.enable_progress_bar", "false"),
+    )
+    code, said = stop_once_there_is("out/checkpoints/last.ckpt", process, signal.SIGINT)
+    assert code == 5, said[-2000:]
+    assert "Traceback" not in said
+    assert "interrupted" in said.lower()
+    assert Path("out/checkpoints/last.ckpt").is_file()

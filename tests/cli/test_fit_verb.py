@@ -198,6 +198,20 @@ def test_the_same_seed_gives_the_same_run_and_another_one_does_not(training) -> 
     assert one != three
 
 
+def test_lightnings_flag_switches_checkpoints_off(training) -> None:
+    off = ("--trainer.enable_checkpointing", "false")
+    finished = training("fit", "out", "--trainer.max_steps", 2, *off)
+    assert finished.code == 0, finished.err
+    assert not list(Path("out").rglob("*.ckpt"))
+
+
+def test_a_dev_run_leaves_the_checkpoints_of_a_real_one_alone(training) -> None:
+    assert training("fit", "out", "--trainer.max_steps", 2).code == 0
+    before = Path("out/checkpoints/last.ckpt").read_bytes()
+    assert training("fit", "out", "--trainer.fast_dev_run", "true").code == 0
+    assert Path("out/checkpoints/last.ckpt").read_bytes() == before
+
+
 def test_fit_without_held_out_text(run, tiny, texts) -> None:
     finished = run(
         *("fit", "--model.checkpoint", tiny, "--output_dir", "out", "--trainer.max_steps", 2),
@@ -236,7 +250,7 @@ def exported(tiny: Path, fitted: Path) -> Path:
 def test_plain_transformers_loads_an_export(exported, tiny) -> None:
     names = {path.name for path in exported.iterdir()}
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= names
-    model, info = AutoModelForCausalLM.from_pretrained(
+    _model, info = AutoModelForCausalLM.from_pretrained(
         exported, dtype=torch.float32, output_loading_info=True
     )
     assert not info["missing_keys"]

@@ -97,9 +97,7 @@ def test_embed_rows_are_those_of_transformers(
         assert row["embedding"] == pytest.approx(expected, abs=1e-5)
 
 
-def test_messages_use_the_chat_template(
-    predict, plain, tokenizer, write_rows, read_rows
-) -> None:
+def test_messages_use_the_chat_template(predict, plain, tokenizer, write_rows, read_rows) -> None:
     messages = [{"role": "user", "content": "Who is there?"}]
     write_rows("in.jsonl", [{"id": 1, "messages": messages}])
     predict("--data.input", "in.jsonl", "--model.task.max_new_tokens", 4)
@@ -171,9 +169,7 @@ def test_text_input_has_one_prompt_a_line_and_line_numbers_as_ids(
     )
 
 
-def test_bad_rows_go_to_errors_and_the_exit_code_is_3(
-    predict, write_rows, read_rows
-) -> None:
+def test_bad_rows_go_to_errors_and_the_exit_code_is_3(predict, write_rows, read_rows) -> None:
     too_long = "x " * 200  # 128 positions
     write_rows(
         "in.jsonl",
@@ -333,9 +329,7 @@ def test_a_rerun_gives_the_same_bytes(predict, write_rows) -> None:
     assert Path("out/predictions.jsonl").read_bytes() == first
 
 
-def test_run_json_says_what_was_done_and_with_what(
-    predict, tokenizer, write_rows, work
-) -> None:
+def test_run_json_says_what_was_done_and_with_what(predict, tokenizer, write_rows, work) -> None:
     write_rows("in.jsonl", ROWS)
     predict("--data.input", "in.jsonl", "--model.task.max_new_tokens", 3)
     report = json.loads(Path("out/run.json").read_text())
@@ -373,3 +367,14 @@ def test_the_output_directory_is_made_with_its_parents(predict, write_rows) -> N
     assert predict(*options, "--output_dir", "a/b/c").code == 0
     assert os.path.isfile("a/b/c/predictions.jsonl")
     assert not Path("out").exists()
+
+
+@pytest.mark.parametrize(
+    "flag", ["--trainer.enable_progress_bar=false", "--trainer.barebones=true"]
+)
+def test_lightnings_flags_switch_the_progress_bar_off(predict, write_rows, flag) -> None:
+    write_rows("in.jsonl", ROWS)
+    finished = predict("--data.input", "in.jsonl", "--model.task", "Score", flag)
+    assert finished.code == 0, finished.err
+    assert "Predicting" not in finished.err
+    assert Path("out/predictions.jsonl").is_file()

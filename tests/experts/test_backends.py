@@ -50,10 +50,7 @@ def make_experts(
             for t, experts in enumerate(index_TK.tolist()):
                 for k, e in enumerate(experts):
                     row = self.linear(self.up_name, e, hidden_TD[t])
-                    if gate:
-                        row = self.act_fn(row[:width]) * row[width:]
-                    else:
-                        row = self.act_fn(row)
+                    row = self.act_fn(row[:width]) * row[width:] if gate else self.act_fn(row)
                     row = self.linear("down_proj", e, row)
                     if norm:
                         row = self.post_expert_norm(row)

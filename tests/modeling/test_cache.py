@@ -109,16 +109,17 @@ def test_texts_longer_than_the_sliding_window(
             torch.testing.assert_close(got_SV, plain.logits(ids), atol=1e-5, rtol=1e-5)
 
 
-def test_the_window_matters(family_checkpoint, plain_transformers, random_ids):
+@pytest.mark.parametrize(("family", "settings", "window"), WINDOWS)
+def test_the_window_matters(
+    family, settings, window, family_checkpoint, plain_transformers, random_ids
+):
     """If the window made no difference, the tests above could not fail."""
     ids = random_ids(40)
-    for family, settings, window in WINDOWS:
-        narrow = plain_transformers(family_checkpoint(family, **settings)).logits(ids)
-        wide = plain_transformers(
-            family_checkpoint(family, overrides={"sliding_window": 64})
-        ).logits(ids)
-        torch.testing.assert_close(narrow[:window], wide[:window], atol=1e-5, rtol=1e-5)
-        assert (narrow[window:] - wide[window:]).abs().max() > 1e-2
+    narrow = plain_transformers(family_checkpoint(family, **settings)).logits(ids)
+    wide_path = family_checkpoint(family, overrides={"sliding_window": 64})
+    wide = plain_transformers(wide_path).logits(ids)
+    torch.testing.assert_close(narrow[:window], wide[:window], atol=1e-5, rtol=1e-5)
+    assert (narrow[window:] - wide[window:]).abs().max() > 1e-2
 
 
 def test_columns_move_back_to_the_front(

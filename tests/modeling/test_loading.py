@@ -204,16 +204,24 @@ def test_an_export_is_a_checkpoint_of_its_own(family_checkpoint, random_ids, tmp
         again.export(tmp_path / "out")
 
 
-def test_peak_memory_of_loading_is_bounded():
-    """scripts/bench_load.py, small. A second copy of the weights would be beyond the bound."""
+@pytest.mark.parametrize(("size", "slack"), [("64MB", "96MB"), ("400MB", "120MB")])
+def test_peak_memory_of_loading_is_bounded(size, slack):
+    """scripts/bench_load.py, small.
+
+    The imports that loading does itself take some 55 MB of the slack. In the small one, a second
+    copy of the weights would be beyond the bound; in the larger one, read buffers that were freed
+    but not given back are, and at 2 GB those alone break the bound of 200 MB.
+    """
     command = [sys.executable, str(SCRIPTS / "bench_load.py")]
-    options = ["--size", "64MB", "--slack", "96MB", "--only", "moe_lightning", "--json"]
+    options = ["--size", size, "--slack", slack, "--only", "moe_lightning", "--json"]
     environment = os.environ | {"PYTHONPATH": str(Path(moe_lightning.__file__).parents[1])}
     done = subprocess.run(
         [*command, *options], capture_output=True, text=True, timeout=120, env=environment
     )
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout, done.stderr
     (result,) = json.loads(done.stdout)["loads"]
-    assert math.isclose(result["weight_bytes"], 64e6, rel_tol=0.1)
+    assert math.isclose(result["weight_bytes"], float(size[:-2]) * 1e6, rel_tol=0.1)
     assert result["peak_bytes"] >= result["weight_bytes"]
+    assert result["peak_bytes"] <= result["bound_bytes"]
     assert result["is_within_bound"]
+    assert done.returncode == 0

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from moe_lightning.data.records import RowOptions
-from moe_lightning.tasks import Generate
+from moe_lightning.tasks import Generate, decoding
 from moe_lightning.tasks.decoding import Request, decode
 
 
@@ -80,22 +80,44 @@ def test_one_new_token_takes_no_step(runner, random_ids, monkeypatch):
 
 # Stop strings.
 
+NUM_SAID = 24
 
-@pytest.fixture(scope="module")
-def said(runner, run_task, random_ids):
-    """A prompt, and the tokens and text that the model continues it with; all are plain ASCII."""
-    for seed in range(200):
-        prompt = random_ids(6, seed=seed)
-        (answer,) = run_task(Generate(max_new_tokens=20, ignore_eos=True), runner, [prompt])
-        pieces = [runner.tokenizer.decode([t]) for t in answer["token_ids"]]
-        is_plain = answer["text"].isascii() and "".join(pieces) == answer["text"]
-        if is_plain and all(pieces) and len(set(pieces)) > 12:
-            return prompt, answer, pieces
-    pytest.fail("no prompt gives plain text")
+
+@pytest.fixture
+def say(runner, monkeypatch):
+    """Make the model say a text, whatever the prompt: its tokens in turn."""
+
+    def script(text):
+        ids = runner.tokenizer(text).input_ids
+        monkeypatch.setattr(
+            decoding,
+            "choose_tokens",
+            lambda logits_NV, _, steps: (
+                torch.tensor([ids[step] for step in steps]),
+                torch.ones(len(steps), dtype=torch.bool),
+            ),
+        )
+        return ids
+
+    return script
+
+
+@pytest.fixture
+def said(runner, say, run_task, random_ids):
+    """A prompt, the whole answer to it, and the pieces of text that its tokens stand for."""
+    text = "there is ten hens, and a teen: he eats tees"
+    ids = say(text)
+    pieces = [runner.tokenizer.decode([token]) for token in ids]
+    assert "".join(pieces) == text
+    assert max(map(len, pieces)) > 1
+    prompt = random_ids(6)
+    (answer,) = run_task(Generate(max_new_tokens=NUM_SAID, ignore_eos=True), runner, [prompt])
+    assert answer["text"] == "".join(pieces[:NUM_SAID])
+    return prompt, answer, pieces
 
 
 def stopped(runner, run_task, prompt, *stop, **settings):
-    task = Generate(max_new_tokens=20, ignore_eos=True, stop=list(stop), **settings)
+    task = Generate(max_new_tokens=NUM_SAID, ignore_eos=True, stop=list(stop), **settings)
     (answer,) = run_task(task, runner, [prompt])
     return answer
 
@@ -112,8 +134,8 @@ def test_a_stop_string_cuts_the_text_before_it(runner, run_task, said):
     num_tokens = answer["num_tokens"]
     assert answer["token_ids"] == whole["token_ids"][:num_tokens]
     # Generation ended with the token that completed the string, not later.
-    said_by_then = ["".join(pieces[:n]) for n in range(21)]
-    assert num_tokens == min(n for n in range(21) if stop in said_by_then[n])
+    said_by_then = ["".join(pieces[:n]) for n in range(NUM_SAID + 1)]
+    assert num_tokens == min(n for n in range(NUM_SAID + 1) if stop in said_by_then[n])
 
 
 def test_a_stop_string_may_begin_and_end_inside_tokens(runner, run_task, said):
@@ -156,7 +178,7 @@ def test_a_stop_string_in_the_prompt_does_not_count(runner, run_task, said):
 
 
 def test_a_stop_string_at_the_very_start_leaves_no_text(runner, run_task, said):
-    prompt, whole, pieces = said
+    prompt, _whole, pieces = said
     answer = stopped(runner, run_task, prompt, pieces[0])
     assert (answer["text"], answer["num_tokens"]) == ("", 1)
     assert answer["finish_reason"] == "stop"
@@ -165,7 +187,7 @@ def test_a_stop_string_at_the_very_start_leaves_no_text(runner, run_task, said):
 def test_rows_stop_by_their_own_strings(runner, run_task, said):
     prompt, whole, pieces = said
     stop = pieces[5] + pieces[6]
-    task = Generate(max_new_tokens=20, ignore_eos=True, stop=[stop])
+    task = Generate(max_new_tokens=NUM_SAID, ignore_eos=True, stop=[stop])
     options = [RowOptions(), RowOptions(stop=("never said",)), RowOptions(stop=(pieces[0],))]
     answers = run_task(task, runner, [prompt] * 3, options=options)
     assert [answer["text"] for answer in answers] == [
@@ -176,22 +198,11 @@ def test_rows_stop_by_their_own_strings(runner, run_task, said):
     assert [answer["finish_reason"] for answer in answers] == ["stop", "length", "stop"]
 
 
-def test_stop_strings_of_characters_that_take_several_tokens(runner, monkeypatch, random_ids):
-    """The model's tokens are replaced by those of a text whose characters span byte tokens."""
-    from moe_lightning.tasks import decoding
-
-    text = "Wörter – 日本語 und 🙂🙃 Ende"
-    ids = runner.tokenizer(text).input_ids
+def test_stop_strings_of_characters_that_take_several_tokens(runner, say, random_ids):
+    text = "Wörter: 日本語 und 🙂🙃 Ende"
+    ids = say(text)
     assert len(ids) > len(text)
-    monkeypatch.setattr(
-        decoding,
-        "choose_tokens",
-        lambda logits_NV, _, steps: (
-            torch.tensor([ids[step] for step in steps]),
-            torch.ones(len(steps), dtype=torch.bool),
-        ),
-    )
-    for stop in ("本語", "🙃", "ö", "🙂🙃 E", "– 日"):
+    for stop in ("本語", "🙃", "ö", "🙂🙃 E", ": 日"):
         request = Request(tuple(random_ids(4)), len(ids), stop=(stop,))
         (answer,) = generate(runner, [request], 4096)
         assert (answer.finish_reason, answer.stop_string) == ("stop", stop)

@@ -74,7 +74,8 @@ def test_end_of_sequence_in_the_middle(
     eos = [plain.greedy(prompts[0], 10)[4], plain.greedy(prompts[2], 10)[7]]
     monkeypatch.setattr(runner.model.generation_config, "eos_token_id", eos)
     want = [
-        plain.greedy(prompt, n, eos_token_id=eos) for prompt, n in zip(prompts, MAX_NEW, strict=True)
+        plain.greedy(prompt, n, eos_token_id=eos)
+        for prompt, n in zip(prompts, MAX_NEW, strict=True)
     ]
     assert len(want[0]) <= 5
     assert want[0][-1] in eos
@@ -108,13 +109,28 @@ def test_prompts_that_fill_the_positions(
     assert tokens(run_task(Generate(), runner, [prompts[0]])) == [[]]
 
 
+@pytest.mark.parametrize("budget_tokens", [4096, 130])
+def test_repetition_penalty_is_that_of_transformers(
+    budget_tokens, family_checkpoint, plain_transformers, loaded_runner, run_task, random_ids
+):
+    path = family_checkpoint("qwen3_moe")
+    plain, runner = plain_transformers(path), loaded_runner(path)
+    prompts = [random_ids(n) for n in LENGTHS]
+    want = [
+        plain.greedy(prompt, n, repetition_penalty=3.0)
+        for prompt, n in zip(prompts, MAX_NEW, strict=True)
+    ]
+    assert want != [plain.greedy(p, n) for p, n in zip(prompts, MAX_NEW, strict=True)]
+    task = Generate(repetition_penalty=3.0)
+    answers = run_task(task, runner, prompts, options=OPTIONS, budget_tokens=budget_tokens)
+    assert tokens(answers) == want
+
+
 def test_no_rows(family_checkpoint, loaded_runner, run_task):
     assert run_task(Generate(), loaded_runner(family_checkpoint("qwen3_moe")), []) == []
 
 
-def test_own_options_come_before_the_tasks(
-    family_checkpoint, loaded_runner, run_task, random_ids
-):
+def test_own_options_come_before_the_tasks(family_checkpoint, loaded_runner, run_task, random_ids):
     runner = loaded_runner(family_checkpoint("qwen3_moe"))
     prompt = random_ids(6)
     task = Generate(max_new_tokens=5, temperature=2.0, seed=3)

@@ -15,8 +15,8 @@ POISON = 13
 class Echo(Task):
     """Answers with the row's tokens; a token 13 makes the whole batch raise."""
 
-    def __init__(self, error=ZeroDivisionError("thirteen")):
-        self.error = error
+    def __init__(self, error=None):
+        self.error = error or ZeroDivisionError("thirteen")
         self.sizes = []
 
     def run(self, runner, rows, *, budget_tokens, progress):
@@ -35,9 +35,7 @@ def batch_of(token_ids, errors=()):
 
 def run(task, batch, runner=None):
     with torch.inference_mode():
-        return run_isolated(
-            task, runner, batch, budget_tokens=4096, progress=lambda *_: None
-        )
+        return run_isolated(task, runner, batch, budget_tokens=4096, progress=lambda *_: None)
 
 
 @pytest.mark.parametrize("num_rows", [1, 2, 3, 7, 8])
@@ -78,18 +76,19 @@ def test_a_good_batch_is_computed_once_and_one_bad_row_costs_few_runs():
 def test_rows_that_failed_before_come_last():
     earlier = RowError(row=3, line=4, id="x", stage="encode", error="no tokens")
     predictions = run(Echo(), batch_of([[1]], [earlier]))
-    assert predictions == [
+    assert list(predictions) == [
         {"id": "r0", "tokens": [1]},
         {"id": "x", "line": 4, "stage": "encode", "error": "no tokens"},
     ]
     assert predictions.row_numbers == [10, 3]
     assert predictions.has_failed == [False, True]
     assert run(Echo(), RowBatch(0, [], [earlier])).num_errors == 1
-    assert run(Echo(), RowBatch(0, [], [])) == []
+    assert len(run(Echo(), RowBatch(0, [], []))) == 0
 
 
 @pytest.mark.parametrize(
-    "error", [torch.OutOfMemoryError("full"), MemoryError(), CheckpointError("bad"), UsageError("no")]
+    "error",
+    [torch.OutOfMemoryError("full"), MemoryError(), CheckpointError("bad"), UsageError("no")],
 )
 def test_what_is_no_rows_fault_ends_the_run(error):
     task = Echo(error)

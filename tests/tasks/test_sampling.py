@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from moe_lightning.data.records import RowOptions
+from moe_lightning.data.records import Row, RowOptions
 from moe_lightning.tasks import Generate
 from moe_lightning.tasks.sampling import Sampling, choose_tokens, row_seed, uniform
 
@@ -21,7 +21,7 @@ def draw(num_draws, logits_V=LOGITS_V, **options):
 
 
 def assert_frequencies(counts, probabilities):
-    """Each count within five standard deviations of the binomial: a miss in 10^6 runs, if at all."""
+    """Each count within five standard deviations of the binomial."""
     total = sum(counts)
     for count, p in zip(counts, probabilities, strict=True):
         assert abs(count - total * p) <= 5 * math.sqrt(total * p * (1 - p))
@@ -76,6 +76,12 @@ def test_top_k_by_hand(top_k, want):
     assert_frequencies(draw(5_000, temperature=1.0, top_k=top_k), want)
 
 
+def test_top_p_at_a_boundary_keeps_no_more_than_it_needs():
+    # Halves are exact in floating point: the first two have 0.75 together, which is enough.
+    logits_V = torch.tensor([0.5, 0.25, 0.125, 0.125]).log()
+    assert draw(2_000, logits_V, temperature=1.0, top_p=0.75)[2:] == [0, 0]
+
+
 def test_top_p_is_a_share_of_what_top_k_leaves():
     # Of 4/7 and 3/7, the first alone has more than 0.5.
     counts = draw(2_000, temperature=1.0, top_k=2, top_p=0.5)
@@ -102,9 +108,7 @@ def test_rows_sample_each_in_their_own_way():
     logits_NV = torch.randn(6, 30, generator=torch.Generator().manual_seed(1))
     steps = [0, 5, 2, 9, 0, 1]
     together, _ = choose_tokens(logits_NV, ways, steps)
-    alone = [
-        int(choose_tokens(logits_NV[n : n + 1], [ways[n]], [steps[n]])[0]) for n in range(6)
-    ]
+    alone = [int(choose_tokens(logits_NV[n : n + 1], [ways[n]], [steps[n]])[0]) for n in range(6)]
     assert together.tolist() == alone
     order = [4, 2, 0, 5, 1, 3]
     shuffled, _ = choose_tokens(
@@ -158,9 +162,7 @@ def test_texts_depend_on_their_seeds_and_not_on_the_batch(
     all_at_once = tokens()
     assert tokens(budget_tokens=100) == all_at_once  # three places, with refill
     assert tokens(budget_tokens=1) == all_at_once  # one
-    # Batches of three: ids of rows must stay, so rows are given as such.
-    from moe_lightning.data.records import Row
-
+    # Batches of one and three: the ids of rows must stay, so rows are given as such.
     rows = [
         Row(n, n, f"row-{n}", prompt, option)
         for n, (prompt, option) in enumerate(zip(prompts, options, strict=True))

@@ -56,9 +56,7 @@ def test_many_rows_take_several_chunks_of_logits(
         assert got == pytest.approx([plain.logprob(row) for row in rows], **TOLERANCE)
 
 
-def test_scores_do_not_depend_on_the_batch(
-    family_checkpoint, loaded_runner, run_task, random_ids
-):
+def test_scores_do_not_depend_on_the_batch(family_checkpoint, loaded_runner, run_task, random_ids):
     runner = loaded_runner(family_checkpoint("mixtral"))
     rows = [random_ids(n) for n in LENGTHS]
     together = run_task(Score(), runner, rows)
@@ -73,7 +71,7 @@ def test_not_finite_rows_are_errors_and_others_are_unharmed(
     module = MoELightningModule(str(family_checkpoint("qwen3_moe")))
     module.configure_model()
     rows = [[6 if t == 5 else t for t in random_ids(n)] for n in (9, 30, 12)]
-    bad = rows[1][:20] + [5] + rows[1][20:]
+    bad = [*rows[1][:20], 5, *rows[1][20:]]
     before = run_task(Score(), module.runner, [rows[0], bad, rows[2]])
     with torch.no_grad():
         module.model.get_input_embeddings().weight[5] = float("nan")
