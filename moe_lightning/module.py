@@ -26,6 +26,7 @@ from moe_lightning.errors import CheckpointError, UsageError
 from moe_lightning.experts import ExpertShard, choose_backend
 from moe_lightning.experts.names import BackendName
 from moe_lightning.modeling.checkpoint import CheckpointView, open_checkpoint
+from moe_lightning.modeling.export import export_model
 from moe_lightning.modeling.loading import load_model
 from moe_lightning.modeling.preflight import check_values
 from moe_lightning.modeling.runner import ModelRunner
@@ -273,10 +274,16 @@ class MoELightningModule(L.LightningModule):
     @override
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimizer and schedule over the parameters that train."""
-        optimizer = self.optimizer_factory([p for p in self.parameters() if p.requires_grad])
+        try:
+            optimizer = self.optimizer_factory([p for p in self.parameters() if p.requires_grad])
+        except (ValueError, TypeError) as error:
+            raise UsageError(f"--model.optimizer: {error}.") from error
         if self.lr_scheduler_factory is None:
             return optimizer
-        scheduler = self.lr_scheduler_factory(optimizer)
+        try:
+            scheduler = self.lr_scheduler_factory(optimizer)
+        except (ValueError, TypeError) as error:
+            raise UsageError(f"--model.lr_scheduler: {error}.") from error
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
@@ -293,13 +300,6 @@ class MoELightningModule(L.LightningModule):
         Raises:
             UsageError: If there is no model yet, or the directory holds a checkpoint already.
         """
-        target = Path(directory)
         if self.model is None:
             raise UsageError("There is no model to export: call configure_model, or fit, first.")
-        if (target / "config.json").exists():
-            raise UsageError(
-                f"{target} holds a checkpoint already. Choose another directory, or remove it."
-            )
-        target.mkdir(parents=True, exist_ok=True)
-        self.model.save_pretrained(target)
-        self.tokenizer.save_pretrained(target)
+        export_model(self.model, self.tokenizer, Path(directory))

@@ -9,8 +9,9 @@ python scripts/bench_predict.py --json bench_predict.json
 Models: the demo checkpoint, and a random Qwen3-MoE of 203 M parameters (hidden 512, 8 layers, 32
 experts of 480 of which 4 are used, 8 heads, 4 of them for keys and values, vocabulary 8192, fp32).
 Rows: prompts and answers of log-normal lengths; every row says how many tokens it wants, and no row
-ends before, so both sides generate the same tokens. Both sides have their model loaded before the
-clock starts; both then read the file, tokenise, compute, and write their answers to a file.
+ends before, so both sides generate the same tokens. Both sides have their model loaded, and
+Lightning's trainer is made, before the clock starts; both then read the file, tokenise, compute, and
+write their answers to a file.
 
 The contestants take turns in one process, so that a busy minute of the machine hits all of them.
 The time per part and the fraction of the limit come from one more run, which is not timed
@@ -31,6 +32,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -56,6 +58,7 @@ from moe_lightning.tasks import Generate, Score, Task, decoding, score
 from moe_lightning.tasks.isolation import run_isolated
 
 TaskName = Literal["score", "generate"]
+OURS = "moe_lightning"
 PLAIN_BATCH_ROWS = 16
 PLAIN_EXPERTS = ("grouped_mm", "eager")  # of transformers; the faster one is the peer
 TIE = 1e-3  # greedy answers may part where the two best logits are as close as this
@@ -90,9 +93,7 @@ class Workload:
 
     def num_tokens(self, task: TaskName) -> int:
         """Useful tokens: those that a row asks for."""
-        return sum(self.num_prompt_tokens) + (
-            sum(self.max_new_tokens) if task == "generate" else 0
-        )
+        return sum(self.num_prompt_tokens) + (sum(self.max_new_tokens) if task == "generate" else 0)
 
 
 def make_workload(
@@ -150,7 +151,8 @@ class PlainLoop:
         logprobs_BSV = self.model(**batch).logits[:, :-1].log_softmax(dim=-1)
         targets_BS1 = batch["input_ids"][:, 1:, None]
         logprobs_BS = logprobs_BSV.gather(-1, targets_BS1).squeeze(-1)
-        sums_B = (logprobs_BS * batch["attention_mask"][:, 1:]).sum(dim=1)
+        # In float64: the sum of a long row in float32 is only good to 1e-4.
+        sums_B = (logprobs_BS * batch["attention_mask"][:, 1:]).double().sum(dim=1)
         return [{"logprob": logprob} for logprob in sums_B.tolist()]
 
     def _generate(self, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -193,6 +195,7 @@ class OurLoops:
         self.max_batch_tokens = max_batch_tokens
         self.data: PromptData | None = None
         self.task_s = 0.0  # time inside the task during the last run
+        self.trainer_s = 0.0  # time that making the last trainer took
         module.configure_model()
 
     def set_task(self, name: TaskName) -> None:
@@ -209,10 +212,9 @@ class OurLoops:
         task.run = run  # type: ignore[method-assign]
         self.module.task = task
 
-    def lightning(self, path: Path, out: Path) -> Path:
-        """Answer all rows as the predict verb does."""
-        self.task_s = 0.0
-        self.data = PromptData(str(path), max_batch_tokens=self.max_batch_tokens)
+    def lightning(self, path: Path, out: Path) -> Callable[[], Path]:
+        """Make the trainer of the predict verb; the call that is returned answers all rows."""
+        start_s = time.perf_counter()
         trainer = L.Trainer(
             accelerator="cpu",
             devices=1,
@@ -223,8 +225,15 @@ class OurLoops:
             default_root_dir=out,
             callbacks=[PredictionWriter(str(out))],
         )
-        trainer.predict(self.module, datamodule=self.data, return_predictions=False)
-        return out / "predictions.jsonl"
+        self.trainer_s = time.perf_counter() - start_s
+
+        def run() -> Path:
+            self.task_s = 0.0
+            self.data = PromptData(str(path), max_batch_tokens=self.max_batch_tokens)
+            trainer.predict(self.module, datamodule=self.data, return_predictions=False)
+            return out / "predictions.jsonl"
+
+        return run
 
     def bare(self, path: Path, out: Path) -> Path:
         """Answer the same planned batches in a plain loop."""
@@ -269,11 +278,21 @@ class Machine:
     flop_per_s: float
 
 
-def measure_machine(num_bytes: int = 256 << 20, seconds: float = 2.0) -> Machine:
-    """Read bandwidth (one row through a weight matrix) and sgemm rate, the best of many calls."""
+def measure_machine(*, seconds: float, num_bytes: int = 256 << 20) -> Machine:
+    """Read bandwidth (one row through a weight matrix) and sgemm rate, the best of many calls.
+
+    Of both libraries that PyTorch has on CPUs: MKL is far from the limit on CPUs of AMD.
+    """
     side = math.isqrt(num_bytes // 4)
     weight, row = torch.randn(side, side), torch.randn(1, side)
     left, right = torch.randn(1536, 2048), torch.randn(2048, 2048)
+    products: list[Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = [functional.linear]
+    if torch.backends.mkldnn.is_available():
+        products.append(
+            lambda rows, weight: torch.ops.mkldnn._linear_pointwise(
+                rows, weight, None, "none", [], ""
+            )
+        )
 
     def fastest_s(call: Callable[[], Any]) -> float:
         times, end_s = [], time.perf_counter() + seconds
@@ -284,8 +303,8 @@ def measure_machine(num_bytes: int = 256 << 20, seconds: float = 2.0) -> Machine
         return min(times)
 
     with torch.inference_mode():
-        read_s = fastest_s(lambda: functional.linear(row, weight))
-        gemm_s = fastest_s(lambda: left @ right)
+        read_s = min(fastest_s(partial(product, row, weight)) for product in products)
+        gemm_s = min(fastest_s(partial(product, left, right)) for product in products)
     return Machine(
         cpu=_cpu_name(),
         cores=os.cpu_count() or 1,
@@ -406,9 +425,7 @@ class Profiler:
 
     def _around(self, module: torch.nn.Module, after: Callable[..., None]) -> list[Any]:
         return [
-            module.register_forward_pre_hook(
-                lambda *_: self._starts.append(time.perf_counter())
-            ),
+            module.register_forward_pre_hook(lambda *_: self._starts.append(time.perf_counter())),
             module.register_forward_hook(after),
         ]
 
@@ -492,9 +509,9 @@ class Sameness:
 
 def compare_answers(plain: PlainLoop, workload: Workload, plain_out: Path, out: Path) -> Sameness:
     """Compare two files of answers row by row."""
-    sides = [{a["id"]: a for a in map(json.loads, open(path))} for path in (plain_out, out)]
+    sides = [{answer["id"]: answer for answer in _read(path)} for path in (plain_out, out)]
     assert sides[0].keys() == sides[1].keys(), "the two sides answered different rows"
-    prompts = {r["id"]: r["prompt"] for r in map(json.loads, open(workload.path))}
+    prompts = {row["id"]: row["prompt"] for row in _read(workload.path)}
     if "logprob" in next(iter(sides[0].values())):
         differences = [abs(a["logprob"] - sides[1][i]["logprob"]) for i, a in sides[0].items()]
         return Sameness(max_logprob_difference=max(differences))
@@ -516,6 +533,10 @@ def compare_answers(plain: PlainLoop, workload: Workload, plain_out: Path, out: 
     return same
 
 
+def _read(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
 @dataclass
 class Comparison:
     """One model, one task."""
@@ -530,6 +551,8 @@ class Comparison:
     padding: dict[str, float]
     ratio: float
     lightning_overhead: float
+    lightning_overhead_s: float
+    trainer_s: float
     lightning_overhead_wall: float
     fraction_of_limit: dict[str, float]
     profile: Profile
@@ -558,21 +581,25 @@ class Bench:
         def plain(experts: str) -> Callable[[], Path]:
             return lambda: self.plain.run(task, experts, workload.path, out / f"{experts}.jsonl")
 
+        def lightning() -> Path:
+            return self.ours.lightning(workload.path, out / "lightning")()
+
         contestants: dict[str, Callable[[], Path]] = {
             **{f"transformers {name}": plain(name) for name in PLAIN_EXPERTS},
-            "moe_lightning": lambda: self.ours.lightning(workload.path, out / "lightning"),
+            OURS: lightning,
             "bare loop": lambda: self.ours.bare(workload.path, out / "bare"),
         }
         first_s = {name: self._time(name, run) for name, run in contestants.items()}  # warm-up
-        peer = min((name for name in contestants if "transformers" in name), key=first_s.__getitem__)
-        slower = {name for name in contestants if "transformers" in name} - {peer}
+        peers = [name for name in contestants if name.startswith("transformers")]
+        peer = min(peers, key=first_s.__getitem__)
+        slower = set(peers) - {peer}
         times_s: dict[str, list[float]] = defaultdict(list, {n: [first_s[n]] for n in slower})
         for _ in range(repetitions):
             for name, run in contestants.items():
                 if name in slower:
                     continue
                 times_s[name].append(self._time(name, run))
-                if "transformers" not in name:
+                if name not in peers:
                     overheads[name].append(times_s[name][-1] - self.ours.task_s)
         padding = {peer: self.plain.padding_share(task, workload)}
         sameness = compare_answers(
@@ -582,7 +609,7 @@ class Bench:
             out / "lightning" / "predictions.jsonl",
         )
         profile = self._profile(workload, out / "profiled")
-        padding["moe_lightning"] = self.ours.padding_share(task, workload)
+        padding[OURS] = self.ours.padding_share(task, workload)
         medians = {name: statistics.median(times) for name, times in times_s.items()}
         limit_s = sum(profile.limit_s.values())
         around = {name: statistics.median(times) for name, times in overheads.items()}
@@ -595,10 +622,11 @@ class Bench:
             tokens=workload.num_tokens(task),
             new_tokens=sum(workload.max_new_tokens) if task == "generate" else 0,
             padding=padding,
-            ratio=medians[peer] / medians["moe_lightning"],
-            lightning_overhead=(around["moe_lightning"] - around["bare loop"])
-            / medians["bare loop"],
-            lightning_overhead_wall=medians["moe_lightning"] / medians["bare loop"] - 1,
+            ratio=medians[peer] / medians[OURS],
+            lightning_overhead=(around[OURS] - around["bare loop"]) / medians["bare loop"],
+            lightning_overhead_s=around[OURS] - around["bare loop"],
+            trainer_s=self.ours.trainer_s,
+            lightning_overhead_wall=medians[OURS] / medians["bare loop"] - 1,
             fraction_of_limit={name: limit_s / s for name, s in medians.items()},
             profile=profile,
             sameness=sameness,
@@ -608,13 +636,16 @@ class Bench:
         start_s = time.perf_counter()
         run()
         elapsed_s = time.perf_counter() - start_s
+        if name == OURS:
+            elapsed_s -= self.ours.trainer_s  # made before the clock starts, as the model is
         print(f"  {self.name}: {name} {elapsed_s:.2f} s", file=sys.stderr, flush=True)
         return elapsed_s
 
     def _profile(self, workload: Workload, out: Path) -> Profile:
         with Profiler(self.ours.module) as profiler:
+            run = self.ours.lightning(workload.path, out)
             start_s = time.perf_counter()
-            self.ours.lightning(workload.path, out)
+            run()
             total_s = time.perf_counter() - start_s
         return profiler.profile(total_s, self.limits)
 
@@ -643,14 +674,17 @@ def describe(comparison: Comparison) -> Iterator[str]:
     for name, times in c.times_s.items():
         median = statistics.median(times)
         line = f"  {name:<24}{median:>9.2f}{min(times):>8.2f}"
-        line += f"{(max(times) - min(times)) / median:>8.0%}{len(times):>5}{c.tokens / median:>10,.0f}"
+        line += f"{(max(times) - min(times)) / median:>8.0%}{len(times):>5}"
+        line += f"{c.tokens / median:>10,.0f}"
         line += f"{c.new_tokens / median:>8,.0f}" if c.new_tokens else ""
         padding = f"{c.padding[name]:.1%}" if name in c.padding else ""
         yield line + f"{padding:>9}{c.fraction_of_limit[name]:>9.2f}"
     yield f"  ratio: {c.ratio:.2f}x the tokens/s of transformers {c.plain_experts}"
     yield (
-        f"  Lightning overhead over the bare loop: {c.lightning_overhead:+.2%} outside the task "
-        f"({c.lightning_overhead_wall:+.1%} of wall time, with its noise)"
+        f"  Lightning overhead over the bare loop: {c.lightning_overhead:+.2%} "
+        f"({c.lightning_overhead_s * 1e3:+.0f} ms outside the task; wall times differ by "
+        f"{c.lightning_overhead_wall:+.1%}, noise included; making the trainer took "
+        f"{c.trainer_s * 1e3:.0f} ms more)"
     )
     p = c.profile
     total_s = sum(p.seconds.values())
@@ -699,13 +733,14 @@ def main(
     repetitions_generate: int = 3,
     max_batch_tokens: int = 16384,
     threads: int | None = None,
+    seconds_machine: float = 1.5,
     hidden_size: int = 512,
     num_layers: int = 8,
     num_experts: int = 32,
     expert_size: int = 480,
     vocab_size: int = 8192,
     cache: Path | None = None,
-    json: Path | None = None,  # noqa: A002
+    json: Path | None = None,
 ) -> None:
     """Compare predict with the loop that a user would write in plain transformers.
 
@@ -724,6 +759,7 @@ def main(
         repetitions_generate: Timed runs of generate, after one warm-up run.
         max_batch_tokens: Token budget of our batches; the default is PromptData's.
         threads: Threads of torch, for all contestants; the default is torch's.
+        seconds_machine: How long each limit of the machine is measured.
         hidden_size: Hidden width of the random model.
         num_layers: Layers of the random model.
         num_experts: Experts per layer of the random model; 4 of them are used per token.
@@ -735,7 +771,7 @@ def main(
     _be_quiet()
     if threads:
         torch.set_num_threads(threads)
-    machine = measure_machine()
+    machine = measure_machine(seconds=seconds_machine)
     print(
         f"{machine.cpu}, {machine.cores} cores, {machine.threads} threads; read "
         f"{machine.read_bytes_per_s / 1e9:.1f} GB/s, sgemm {machine.flop_per_s / 1e9:.0f} GFLOP/s\n"
@@ -783,7 +819,7 @@ def main(
         _write_json(json, machine, comparisons)
 
 
-def _random_model(path: Path, **sizes: int) -> Path:
+def _random_model(path: Path, **sizes: Any) -> Path:
     if path.exists():
         return path
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -92,20 +92,26 @@ def write_parquet(parts: Parts, path: Path) -> None:
         parts: The parts.
         path: The file to write.
     """
-    has_text_ids = any(
-        not isinstance(json.loads(parts.read(row))["id"], int) for row in parts.rows_ok
-    )
+    ids = (json.loads(parts.read(row))["id"] for row in parts.rows_ok)
+    has_text_ids = not all(isinstance(i, int) and -(2**63) <= i < 2**63 for i in ids)
     with atomic_writer(path) as file:
         writer: pq.ParquetWriter | None = None
         for rows in _chunks(parts):
             if has_text_ids:
                 rows = [row | {"id": str(row["id"])} for row in rows]
             table = pa.Table.from_pylist(rows, schema=writer.schema if writer else None)
-            writer = writer or pq.ParquetWriter(file, table.schema)
+            if writer is None:
+                schema = pa.schema([(f.name, _TYPES.get(f.name, f.type)) for f in table.schema])
+                table = table.cast(schema)
+                writer = pq.ParquetWriter(file, schema)
             writer.write_table(table)
         if writer is None:
             writer = pq.ParquetWriter(file, pa.schema([("id", pa.string())]))
         writer.close()
+
+
+# Lists that are empty in all rows of the first group would have no type.
+_TYPES = {"token_ids": pa.list_(pa.int64()), "embedding": pa.list_(pa.float64())}
 
 
 def _chunks(parts: Parts) -> Iterator[list[dict[str, Any]]]:

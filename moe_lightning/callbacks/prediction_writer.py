@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import BasePredictionWriter
 from typing_extensions import override
 
 from moe_lightning.callbacks.merge import Parts, write_jsonl, write_parquet
+from moe_lightning.data.records import RowBatch
 from moe_lightning.errors import UsageError
 from moe_lightning.files import atomic_writer, write_atomically
 from moe_lightning.tasks.isolation import Predictions
@@ -69,7 +70,7 @@ class PredictionWriter(BasePredictionWriter):
             "PredictionWriter writes what MoELightningModule predicts"
         )
         # Lightning's batch indices are unreliable (#10782, #13580); the batch knows its own number.
-        number = getattr(batch, "index", batch_idx)
+        number = batch.index if isinstance(batch, RowBatch) else batch_idx
         with atomic_writer(self._directory / PARTS / f"{dataloader_idx}-{number:08d}.part") as file:
             rows = zip(prediction.row_numbers, prediction.has_failed, prediction, strict=True)
             for row, failed, answer in rows:
@@ -91,11 +92,14 @@ class PredictionWriter(BasePredictionWriter):
         }
         num_rows = getattr(datamodule, "num_rows", None)
         num_written = len(parts.rows_ok) + len(parts.rows_failed) + len(input_errors)
-        assert num_rows is None or num_rows == num_written, (
+        is_limited = trainer.limit_predict_batches != 1.0
+        assert num_rows is None or is_limited or num_rows == num_written, (
             f"{num_rows} rows in, but {num_written} rows out"
         )
         write = write_parquet if self.format == "parquet" else write_jsonl
         write(parts, self._directory / f"predictions.{self.format}")
+        other = "jsonl" if self.format == "parquet" else "parquet"
+        (self._directory / f"predictions.{other}").unlink(missing_ok=True)
         self._write_errors(parts, input_errors)
         shutil.rmtree(self._directory / PARTS)
 

@@ -58,6 +58,14 @@ class RowProgressBar(TQDMProgressBar):
         self._show()
 
     @override
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        # The message that follows gets a line of its own.
+        if hasattr(self, "_bar"):
+            self._bar.close()
+
+    @override
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._show()
         self._bar.close()

@@ -2,7 +2,10 @@
 
 from pathlib import Path
 
+from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor
+from typing_extensions import override
 
 
 class SaveCheckpoints(ModelCheckpoint):
@@ -26,3 +29,11 @@ class SaveCheckpoints(ModelCheckpoint):
             every_n_train_steps=every_n_train_steps,
             enable_version_counter=False,
         )
+
+    @override
+    def _save_last_checkpoint(
+        self, trainer: Trainer, monitor_candidates: dict[str, Tensor]
+    ) -> None:
+        # Lightning 2.6.6 forgets the dev run at the end of training.
+        if not getattr(trainer, "fast_dev_run", False):
+            super()._save_last_checkpoint(trainer, monitor_candidates)

@@ -31,6 +31,7 @@ class Throughput(Callback):
     def __init__(self, output_dir: str | None = None) -> None:
         self.output_dir = output_dir
         self.num_errors = 0
+        self._started: datetime | None = None
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -50,7 +51,8 @@ class Throughput(Callback):
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        if trainer.is_global_zero and trainer.predicting:
+        # Without a setup nothing has begun, and older reports stay.
+        if trainer.is_global_zero and trainer.predicting and self._started is not None:
             is_interrupt = isinstance(exception, KeyboardInterrupt)
             reason = "interrupted" if is_interrupt else f"{type(exception).__name__}: {exception}"
             # The other ranks may be gone, so nothing is summed over them here.
@@ -75,7 +77,7 @@ class Throughput(Callback):
         num_failed = int(counts["num_errors"]) + input_errors
         report = {
             "exit_reason": exit_reason,
-            "started": self._started.isoformat(timespec="seconds"),
+            "started": (self._started or datetime.now(UTC)).isoformat(timespec="seconds"),
             "elapsed_s": round(elapsed_s, 3),
             "num_rows": int(counts["num_rows"]) + input_errors,
             "num_predictions": int(counts["num_rows"]) - int(counts["num_errors"]),

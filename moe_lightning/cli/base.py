@@ -6,58 +6,20 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-from jsonargparse import Namespace
+from jsonargparse import ArgumentError, Namespace
 from jsonargparse.typing import lazy_instance
+from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger
 from typing_extensions import override
 
+from moe_lightning.cli.configs import resolve_configs
+from moe_lightning.cli.plain_words import plain_words
 from moe_lightning.errors import MoELightningError, UsageError
 from moe_lightning.files import write_atomically
+from moe_lightning.modeling.training_checkpoint import check_training_checkpoint
 from moe_lightning.module import MoELightningModule
 from moe_lightning.tasks import Generate
-
-PACKAGE = Path(__file__).resolve().parent.parent
-
-
-def config_directory() -> Path:
-    """Where the shipped configs are: inside the installed package, or at the root of a checkout."""
-    inside = PACKAGE / "configs"
-    return inside if inside.is_dir() else PACKAGE.parent / "configs"
-
-
-def resolve_configs(arguments: Sequence[str]) -> list[str]:
-    """Replace names of shipped configs by their paths; files of that name in the working directory
-    come first.
-
-    Args:
-        arguments: The command line after the verb.
-
-    Returns:
-        The command line with paths.
-
-    Raises:
-        UsageError: If a config is neither a file nor shipped.
-    """
-    resolved = list(arguments)
-    for position, argument in enumerate(arguments):
-        if argument in ("--config", "-c") and position + 1 < len(arguments):
-            resolved[position + 1] = _find_config(arguments[position + 1])
-        elif argument.startswith("--config="):
-            resolved[position] = f"--config={_find_config(argument.removeprefix('--config='))}"
-    return resolved
-
-
-def _find_config(name: str) -> str:
-    if Path(name).is_file():
-        return name
-    shipped = config_directory() / name
-    if shipped.is_file():
-        return str(shipped)
-    names = ", ".join(sorted(path.name for path in config_directory().glob("*.yaml")))
-    raise UsageError(
-        f"--config {name}: no such file here, and no shipped config of that name. Shipped: {names}."
-    )
 
 
 class SaveConfig(SaveConfigCallback):
@@ -71,6 +33,13 @@ class SaveConfig(SaveConfigCallback):
         directory = Path(trainer.default_root_dir)
         directory.mkdir(parents=True, exist_ok=True)
         write_atomically(directory / "config.yaml", self.parser.dump(self.config, skip_none=False))
+
+
+def _keep_older_log(path: Path) -> None:
+    """CSVLogger begins its file anew; the log of a run that goes on must not be lost."""
+    if path.is_file():
+        number = len(list(path.parent.glob("metrics-*.csv"))) + 1
+        path.rename(path.with_name(f"metrics-{number}.csv"))
 
 
 class MoECLI(LightningCLI):
@@ -89,6 +58,7 @@ class MoECLI(LightningCLI):
     def __init__(
         self,
         *,
+        verb: str,
         datamodule_class: type[L.LightningDataModule],
         output_dir: str,
         callbacks: dict[str, tuple[type[L.Callback], str]],
@@ -108,6 +78,10 @@ class MoECLI(LightningCLI):
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
             run=False,
+            parser_kwargs={
+                "prog": f"python -m moe_lightning {verb}",
+                "exit_on_error": False,
+            },
             args=resolve_configs(arguments),
         )
 
@@ -133,6 +107,13 @@ class MoECLI(LightningCLI):
         parser.set_defaults({"model.task": lazy_instance(Generate)})
 
     @override
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        try:
+            super().parse_arguments(parser, args)
+        except ArgumentError as error:
+            raise UsageError(f"{plain_words(str(error))}\nSee all options with --help.") from error
+
+    @override
     def before_instantiate_classes(self) -> None:
         directory = Path(self.config.output_dir)
         try:
@@ -148,6 +129,8 @@ class MoECLI(LightningCLI):
         ckpt_path = self.config.ckpt_path
         if ckpt_path is not None and not Path(ckpt_path).exists():
             raise UsageError(f"--ckpt_path {ckpt_path}: no such checkpoint.")
+        if ckpt_path is not None and Path(ckpt_path).is_file():
+            check_training_checkpoint(ckpt_path)
 
     @override
     def instantiate_classes(self) -> None:
@@ -162,14 +145,32 @@ class MoECLI(LightningCLI):
             L.fabric.utilities.exceptions.MisconfigurationException,
         ) as error:
             # What options mean together is checked by the classes they go to.
-            raise UsageError(str(error)) from error
+            raise UsageError(plain_words(str(error))) from error
 
     @override
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         if self.config.trainer.logger in (None, True):
             # Lightning's default would write into the working directory, or need TensorBoard.
+            _keep_older_log(Path(self.config.output_dir) / "logs" / "metrics.csv")
             kwargs["logger"] = CSVLogger(self.config.output_dir, name="", version="logs")
         return super().instantiate_trainer(**kwargs)
+
+    @override
+    def _instantiate_trainer(
+        self, config: dict[str, Any], callbacks: list[L.Callback]
+    ) -> L.Trainer:
+        # Lightning 2.6.6: it refuses callbacks of a kind that its own flags switch off.
+        unwanted: tuple[type[L.Callback], ...] = ()
+        if config.get("enable_progress_bar") is False or config.get("barebones"):
+            unwanted += (ProgressBar,)
+        if config.get("enable_checkpointing") is False or config.get("barebones"):
+            unwanted += (Checkpoint,)
+        defaults = self.trainer_defaults.get("callbacks", [])
+        self.trainer_defaults["callbacks"] = [c for c in defaults if not isinstance(c, unwanted)]
+        trainer: L.Trainer = super()._instantiate_trainer(
+            config, [c for c in callbacks if not isinstance(c, unwanted)]
+        )
+        return trainer
 
     @property
     def options(self) -> Namespace:

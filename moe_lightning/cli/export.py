@@ -7,6 +7,7 @@ import torch
 from jsonargparse import ArgumentParser
 
 from moe_lightning.errors import CheckpointError, UsageError
+from moe_lightning.modeling.training_checkpoint import check_training_checkpoint
 from moe_lightning.module import MoELightningModule
 
 
@@ -63,16 +64,15 @@ def export_checkpoint(
     """
     if not Path(ckpt_path).is_file():
         raise UsageError(f"--ckpt_path {ckpt_path}: no such file.")
+    check_training_checkpoint(ckpt_path)
     module = MoELightningModule(checkpoint, dtype="float32")
     module.configure_model()
     assert module.model is not None
+    state = torch.load(ckpt_path, map_location="cpu", weights_only=True)["state_dict"]
     try:
-        state = torch.load(ckpt_path, map_location="cpu", weights_only=True)["state_dict"]
         module.load_state_dict(state)
-    except Exception as error:
-        raise CheckpointError(
-            f"{ckpt_path} is no training checkpoint of {checkpoint}: {error}"
-        ) from error
+    except RuntimeError as error:
+        raise CheckpointError(f"{ckpt_path} was not trained from {checkpoint}: {error}") from error
     target = dtype or module.view.config.get_text_config().dtype
     module.model.to(dtype=getattr(torch, target) if isinstance(target, str) else target)
     module.export(export_dir)

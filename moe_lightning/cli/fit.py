@@ -14,7 +14,7 @@ def run(arguments: Sequence[str]) -> int:
     Returns:
         0.
     """
-    cli = training_cli(arguments, output_dir="./outputs/fit")
+    cli = training_cli("fit", arguments, output_dir="./outputs/fit")
     cli.trainer.fit(
         cli.model, datamodule=cli.datamodule, ckpt_path=cli.options.ckpt_path, weights_only=True
     )

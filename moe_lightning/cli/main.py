@@ -6,9 +6,12 @@ bad checkpoint or model, 5 interrupted, 1 anything else.
 
 import logging
 import os
+import signal
 import sys
+import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 
 from moe_lightning import __version__
@@ -30,6 +33,7 @@ verbs:
   python -m moe_lightning VERB --print_config=comments           all options as commented YAML
 """
 INTERRUPTED = 5
+INTERRUPTED_MESSAGE = "interrupted; the same command starts again."
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -50,22 +54,57 @@ def main(arguments: Sequence[str]) -> int:
     verb, *options = arguments
     if verb not in VERBS:
         return _fail(f"there is no verb {verb!r}.\n{USAGE}", 2)
-    run: Callable[[list[str]], int] = import_module(f"moe_lightning.cli.{verb}").run
-    _quieten()
     try:
-        return run(options)
+        with _sigterm_interrupts():
+            return _run(verb, options)
     except MoELightningError as error:
         return _fail(str(error), error.exit_code)
     except KeyboardInterrupt:
-        return _fail("interrupted; the same command starts again.", INTERRUPTED)
+        return _fail(INTERRUPTED_MESSAGE, INTERRUPTED)
+    except MemoryError as error:
+        return _fail(f"memory ran out ({error}). Lower --data.max_batch_tokens.", 1)
     except SystemExit as stop:
-        # jsonargparse ends a bad command line with 2; Lightning ends an interrupted run with 1.
-        return INTERRUPTED if stop.code == 1 else stop.code if isinstance(stop.code, int) else 0
+        # jsonargparse ends --help with 0; Lightning ends an interrupted run with 1.
+        if stop.code == 1:
+            return _fail(INTERRUPTED_MESSAGE, INTERRUPTED)
+        return stop.code if isinstance(stop.code, int) else 0
+    except Exception as error:
+        if not _is_out_of_memory(error):
+            raise
+        return _fail(f"memory ran out ({error}). Lower --data.max_batch_tokens.", 1)
+
+
+def _run(verb: str, options: list[str]) -> int:
+    run: Callable[[list[str]], int] = import_module(f"moe_lightning.cli.{verb}").run
+    _quieten()  # after the imports, which set their loggers up
+    return run(options)
 
 
 def _fail(message: str, code: int) -> int:
     print(f"error: {message}", file=sys.stderr)
     return code
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    torch = sys.modules.get("torch")  # not imported just for this
+    return torch is not None and isinstance(error, torch.OutOfMemoryError)
+
+
+@contextmanager
+def _sigterm_interrupts() -> Iterator[None]:
+    """SIGTERM is an interrupt; Lightning's own handler, which calls this one, only notes it."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _quieten() -> None:

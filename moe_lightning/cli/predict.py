@@ -20,6 +20,7 @@ def run(arguments: Sequence[str]) -> int:
     """
     throughput = Throughput()
     cli = MoECLI(
+        verb="predict",
         datamodule_class=PromptData,
         output_dir="./outputs/predict",
         callbacks={"writer": (PredictionWriter, "output_dir")},

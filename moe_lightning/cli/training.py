@@ -7,7 +7,7 @@ from moe_lightning.cli.base import MoECLI
 from moe_lightning.data.finetune import TextData
 
 
-def training_cli(arguments: Sequence[str], *, output_dir: str) -> MoECLI:
+def training_cli(verb: str, arguments: Sequence[str], *, output_dir: str) -> MoECLI:
     """Module, data and trainer of a training verb.
 
     Args:
@@ -18,6 +18,7 @@ def training_cli(arguments: Sequence[str], *, output_dir: str) -> MoECLI:
         The parsed command line, everything built.
     """
     return MoECLI(
+        verb=verb,
         datamodule_class=TextData,
         output_dir=output_dir,
         callbacks={"save": (SaveCheckpoints, "output_dir")},

@@ -14,7 +14,7 @@ def run(arguments: Sequence[str]) -> int:
     Returns:
         0.
     """
-    cli = training_cli(arguments, output_dir="./outputs/validate")
+    cli = training_cli("validate", arguments, output_dir="./outputs/validate")
     cli.trainer.validate(
         cli.model, datamodule=cli.datamodule, ckpt_path=cli.options.ckpt_path, weights_only=True
     )

@@ -16,7 +16,6 @@ Private names of transformers used here, as of 5.23: ``_from_config`` through Au
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -31,11 +30,11 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 from transformers.modeling_utils import LoadStateDictConfig
-from transformers.utils import logging as transformers_logging
 
 from moe_lightning.errors import CheckpointError
 from moe_lightning.modeling.checkpoint import CheckpointView
 from moe_lightning.modeling.preflight import check_model
+from moe_lightning.modeling.quiet import quiet_transformers
 from moe_lightning.modeling.seam import MoELayer, find_moe_layers
 
 
@@ -152,7 +151,7 @@ def _fill(
     info = None
     num_bytes = sum(_num_bytes(view, name) for name in slices)
     with (
-        _quiet_transformers(),
+        quiet_transformers(),
         tqdm(
             total=num_bytes,
             unit="B",
@@ -278,15 +277,3 @@ def _assert_materialised(model: nn.Module) -> None:
         # to_empty() leaves RoPE buffers as garbage, silently (transformers #45902).
         is_whole = not buffer.is_floating_point() or bool(buffer.isfinite().all())
         assert is_whole, f"buffer {name} was left uninitialised"
-
-
-@contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """Hide transformers' own bars: it would show one per decoder layer."""
-    was_on = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if was_on:
-            transformers_logging.enable_progress_bar()

@@ -12,7 +12,6 @@ and the fields of what ``convert_and_load_state_dict_in_model`` returns.
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING, Any
@@ -30,7 +29,6 @@ from transformers.core_model_loading import (
     revert_weight_conversion,
 )
 from transformers.modeling_utils import LoadStateDictConfig
-from transformers.utils import logging as transformers_logging
 
 from moe_lightning.errors import CheckpointError
 from moe_lightning.modeling.checkpoint_files import check_files, check_tokenizer
@@ -42,6 +40,7 @@ from moe_lightning.modeling.mismatch import (
     missing_experts,
     probable_cause,
 )
+from moe_lightning.modeling.quiet import quiet_transformers
 from moe_lightning.modeling.safetensors_header import PLAIN_FLOATS, TensorInfo
 
 if TYPE_CHECKING:
@@ -173,7 +172,7 @@ def _try_loading(
         device_map={"": "meta"},
         weight_mapping=get_model_conversion_mapping(model),
     )
-    with _quiet_transformers():
+    with quiet_transformers():
         try:
             info, _ = convert_and_load_state_dict_in_model(model, tensors, load_config)
         except Exception as error:
@@ -285,15 +284,3 @@ def _told_twice(names: Mapping[str, str]) -> list[str]:
         for target, found in sources.items()
         if len(found) > 1 and target in found
     ]
-
-
-@contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """Hide transformers' "Loading weights" bar: nothing is loaded here."""
-    was_on = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if was_on:
-            transformers_logging.enable_progress_bar()

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 import moe_lightning
-from moe_lightning.cli.base import config_directory
+from moe_lightning.cli.configs import config_directory
 
 ROWS = [{"id": "a", "prompt": "To be"}, {"id": "b", "prompt": "or not to be"}]
 
