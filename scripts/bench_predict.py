@@ -9,8 +9,8 @@ python scripts/bench_predict.py --json bench_predict.json
 Models: the demo checkpoint, and a random Qwen3-MoE of 203 M parameters (hidden 512, 8 layers, 32
 experts of 480 of which 4 are used, 8 heads, 4 of them for keys and values, vocabulary 8192, fp32).
 Rows: prompts and answers of log-normal lengths; every row says how many tokens it wants, and no row
-ends before, so both sides generate the same tokens. Both sides have their model loaded, and
-Lightning's trainer is made, before the clock starts; both then read the file, tokenise, compute, and
+ends before, so both sides generate the same tokens. Both sides have their model loaded, and the
+Lightning trainer is made, before the clock starts; both then read the file, tokenise, compute, and
 write their answers to a file.
 
 The contestants take turns in one process, so that a busy minute of the machine hits all of them.

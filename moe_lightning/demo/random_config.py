@@ -122,7 +122,7 @@ def make_config(
                 "another family."
             )
         settings[own[0]] = getattr(size, generic)
-    optional = _attention_settings(size, known) | _expert_settings(size, defaults, known)
+    optional = _attention_settings(size, defaults, known) | _expert_settings(size, defaults, known)
     optional |= _rope_settings(size, defaults)
     optional |= _FAMILY_SETTINGS.get(family, {})
     settings |= {name: value for name, value in optional.items() if name in known}
@@ -138,7 +138,7 @@ def make_config(
         ) from error
 
 
-def _attention_settings(size: ModelSize, known: set[str]) -> dict[str, object]:
+def _attention_settings(size: ModelSize, defaults: Any, known: set[str]) -> dict[str, object]:
     head_dim = size.hidden_size // size.num_heads
     settings: dict[str, object] = {
         "max_position_embeddings": size.max_positions,
@@ -157,7 +157,8 @@ def _attention_settings(size: ModelSize, known: set[str]) -> dict[str, object]:
             "qk_rope_head_dim": max(2, head_dim // 4 * 2),
             "v_head_dim": head_dim,
         }
-    if size.max_positions < 1024:
+    # Full attention where it is the family's default.
+    if size.max_positions < 1024 and getattr(defaults, "sliding_window", None) is not None:
         # A window that no input reaches would leave the sliding layers of gpt-oss untested.
         settings["sliding_window"] = max(8, size.max_positions // 4)
     return settings
@@ -192,6 +193,4 @@ def _expert_settings(size: ModelSize, defaults: Any, known: set[str]) -> dict[st
     if getattr(defaults, "n_group", None) is not None:
         is_grouped = size.num_experts % 2 == 0 and size.num_experts // 2 >= max(2, size.top_k)
         settings |= {"n_group": 2 if is_grouped else 1, "topk_group": 1}
-    if getattr(defaults, "sliding_window", None) is None:
-        known.discard("sliding_window")  # full attention is the family's default: leave it so
     return settings

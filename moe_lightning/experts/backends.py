@@ -63,10 +63,28 @@ def _grouped_linear(
     if not experts.is_transposed:
         weight = weight.transpose(-2, -1)
     # grouped_mm ignores autocast (pytorch #174763), so the rows take the weights' dtype here.
-    out_NY = grouped_mm(rows_NX.to(weight.dtype), weight, offs=ends_E)
+    out_NY = _grouped_product(rows_NX.to(weight.dtype), weight, ends_E)
     if experts.has_bias:
         out_NY = out_NY + cast(Tensor, getattr(experts, f"{name}_bias"))[expert_N]
     return out_NY
+
+
+def _grouped_product(rows_NX: Tensor, weight_EXY: Tensor, ends_E: Tensor) -> Tensor:
+    if _is_aligned(rows_NX) and _is_aligned(weight_EXY):
+        return grouped_mm(rows_NX, weight_EXY, offs=ends_E)
+    # Widths that grouped_mm refuses: one product after the other, and one read of the host.
+    ends = ends_E.tolist()
+    starts = [0, *ends[:-1]]
+    return torch.cat(
+        [rows_NX[a:b] @ weight for a, b, weight in zip(starts, ends, weight_EXY, strict=True)]
+    )
+
+
+def _is_aligned(tensor: Tensor) -> bool:
+    """Whether grouped_mm takes the tensor: rows a multiple of 16 bytes apart, the start as well."""
+    size = tensor.element_size()
+    steps = [step for step in tensor.stride() if step != 1]
+    return tensor.data_ptr() % 16 == 0 and all(step * size % 16 == 0 for step in steps)
 
 
 _BACKENDS: dict[str, Backend] = {"reference": reference, "grouped_mm": grouped}

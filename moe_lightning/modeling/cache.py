@@ -92,14 +92,15 @@ class ColumnCache(Cache):
     """A KV cache whose rows are replaced while it is in use.
 
     Args:
-        num_layers: Decoder layers.
+        config: The text model's config; :meth:`supports` must hold for it.
         max_rows: Rows at a time.
         max_tokens: Tokens of the longest row, prompt and answer together.
     """
 
-    def __init__(self, num_layers: int, *, max_rows: int, max_tokens: int) -> None:
+    def __init__(self, config: PreTrainedConfig, *, max_rows: int, max_tokens: int) -> None:
         # Spare columns, so that moving the window back to the front is rare.
         self.columns = _Columns(max_rows, max_tokens + max(64, max_tokens // 2))
+        num_layers = len(DynamicCache(config=config).layers)
         super().__init__(layers=[_ColumnLayer(self.columns) for _ in range(num_layers)])
 
     @staticmethod
@@ -167,3 +168,18 @@ class ColumnCache(Cache):
         return [
             t for layer in self.layers if layer.is_initialized for t in (layer.keys, layer.values)
         ]
+
+
+def keep_rows(cache: Any, rows: Tensor) -> None:
+    """Drop all other rows of a cache that a model made for itself.
+
+    Args:
+        cache: Any of transformers' caches.
+        rows: Places to keep; int64 on the model's device.
+    """
+    # Layers with recurrent states know only how to reorder; a family's own class (MiniMax), only
+    # how to select.
+    if type(cache).batch_select_indices is not Cache.batch_select_indices:
+        cache.batch_select_indices(rows)
+    else:
+        cache.reorder_cache(rows)

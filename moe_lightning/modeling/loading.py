@@ -33,6 +33,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 
 from moe_lightning.errors import CheckpointError
 from moe_lightning.modeling.checkpoint import CheckpointView
+from moe_lightning.modeling.host_memory import release_freed_memory
 from moe_lightning.modeling.preflight import check_model
 from moe_lightning.modeling.quiet import quiet_transformers
 from moe_lightning.modeling.seam import MoELayer, find_moe_layers
@@ -180,6 +181,7 @@ def _fill(
             missing &= info.missing_keys
             conversions |= {id(c): c for c in model._weight_conversions}
             bar.update(sum(_num_bytes(view, name) for name in names))
+            release_freed_memory()
         if info is None:
             raise CheckpointError(f"{view.path} has no tensors.")
         info.missing_keys = missing
@@ -217,7 +219,12 @@ def _select_experts(
     converters = [m for m in mapping if isinstance(m, WeightConverter)]
     meta_state = model.state_dict()
     ids_of: dict[str, Sequence[int]] = {}
-    for layer in find_moe_layers(model):
+    layers = find_moe_layers(model)
+    if unknown := experts.keys() - {layer.layer for layer in layers}:
+        raise ValueError(
+            f"layers {sorted(unknown)} have no experts, but experts were asked of them."
+        )
+    for layer in layers:
         if layer.layer in experts:
             parameters = [name for name, _ in layer.experts.named_parameters(recurse=False)]
             ids_of |= {f"{layer.name}.{name}": experts[layer.layer] for name in parameters}

@@ -43,6 +43,7 @@ class ModelRunner:
         self.tokenizer = tokenizer
         self.padding = padding
         self._has_plain_head: bool | None = None
+        self._takes_left_padding: bool | None = None
 
     @property
     def device(self) -> torch.device:
@@ -111,3 +112,33 @@ class ModelRunner:
             plain = self.model.get_output_embeddings()(self.last_hidden_state(probe))
             self._has_plain_head = torch.equal(plain, self.logits(probe))
         return self._has_plain_head
+
+    def takes_left_padding(self) -> bool:
+        """Whether a left-padded row decodes as it does alone, found by trying it once.
+
+        Attention does. Some recurrent layers let padding into their state.
+        """
+        if self._takes_left_padding is None:
+            vocabulary = self.model.get_input_embeddings().num_embeddings
+            long, short = ([token % vocabulary for token in range(1, n)] for n in (12, 5))
+            padded, alone = self._two_steps([long, short]), self._two_steps([short])
+            tolerance = 1e-4 if alone.dtype == torch.float32 else 2e-2
+            difference = (padded[-1] - alone[-1]).abs().max() / alone.abs().max()
+            self._takes_left_padding = float(difference) < tolerance
+        return self._takes_left_padding
+
+    def _two_steps(self, rows: Sequence[Sequence[int]]) -> Tensor:
+        """Logits ``[B, 2, V]`` of a prefill's last position and of the decode step after it."""
+        batch = self.pad(rows, side="left")
+        steps = {"attention_mask": batch.mask_BS, "position_ids": batch.position_ids_BS}
+        first = self.model(input_ids=batch.input_ids_BS, use_cache=True, **steps)
+        if batch.mask_BS is not None:
+            steps["attention_mask"] = torch.nn.functional.pad(batch.mask_BS, (0, 1), value=1)
+        steps["position_ids"] = batch.position_ids_BS[:, -1:] + 1
+        second = self.model(
+            input_ids=batch.input_ids_BS[:, -1:],
+            past_key_values=first.past_key_values,
+            use_cache=True,
+            **steps,
+        )
+        return torch.stack((first.logits[:, -1], second.logits[:, -1]), dim=1)

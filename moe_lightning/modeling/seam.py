@@ -14,6 +14,7 @@ Private names of transformers used here, as of 5.23: ``_is_expert_parallel`` (se
 module that follows the contract) and ``_can_record_outputs`` (which says what class the router is).
 """
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -97,12 +98,7 @@ def _layer_index(name: str) -> int:
 
 
 def _looks_like_experts(module: nn.Module) -> bool:
-    name = type(module).__name__.lower()
-    return (
-        any(word in name for word in ("expert", "sparsemoe", "moe"))
-        and "model" not in name
-        and "causal" not in name
-    )
+    return re.search(r"experts?|(moe|moeblock|ffn)$", type(module).__name__, re.I) is not None
 
 
 def _find_router(model: PreTrainedModel, parent: nn.Module, name: str) -> nn.Module:

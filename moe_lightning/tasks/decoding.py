@@ -9,14 +9,12 @@ both). Greedy answers are the same.
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
-from transformers.cache_utils import Cache
 
-from moe_lightning.modeling.cache import ColumnCache
+from moe_lightning.modeling.cache import ColumnCache, keep_rows
 from moe_lightning.modeling.runner import ModelRunner
 from moe_lightning.tasks.sampling import Sampling, choose_tokens, penalise_repetition
 from moe_lightning.tasks.task import Progress
@@ -123,14 +121,13 @@ class _DecodeLoop:
         self.max_rows = max(1, min(len(self.waiting), budget_tokens // longest))
         self.budget_tokens = budget_tokens
         config = runner.model.config.get_text_config(decoder=True)
-        self.cache: Cache
+        # Whatever the model makes for itself, where it keeps more than keys and values.
+        self.cache: Any = None
         self.columns: ColumnCache | None = None
         if ColumnCache.supports(config):
-            layers = len(DynamicCache(config=config).layers)
             self.cache = self.columns = ColumnCache(
-                layers, max_rows=self.max_rows, max_tokens=longest
+                config, max_rows=self.max_rows, max_tokens=longest
             )
-        self.config = config
 
     def run(self) -> None:
         # Prompts that leave no room for a new token are done already.
@@ -151,6 +148,11 @@ class _DecodeLoop:
         """Compute the prompts of as many waiting rows as there are free places."""
         num_free = self.max_rows - len(self.active)
         rows = [self.waiting.popleft() for _ in range(min(num_free, len(self.waiting)))]
+        if self.columns is None and not self.runner.takes_left_padding():
+            width = len(rows[0].request.token_ids)
+            others = [row for row in rows if len(row.request.token_ids) != width]
+            self.waiting.extendleft(reversed(others))
+            rows = [row for row in rows if len(row.request.token_ids) == width]
         finished: list[int] = []
         for group in self._prefill_groups(rows):
             first = len(self.active)
@@ -188,19 +190,20 @@ class _DecodeLoop:
             longest = max((row.length for row in self.active), default=0)
             self.columns.begin_prefill(places, batch.input_ids_BS.shape[1], longest)
         else:
-            self.cache = DynamicCache(config=self.config)
+            self.cache = None
         with self.runner.padding.over(batch.host_mask_BS):
-            logits_BSV = self.runner.model(
+            output = self.runner.model(
                 input_ids=batch.input_ids_BS,
                 attention_mask=batch.mask_BS,
                 position_ids=batch.position_ids_BS,
                 past_key_values=self.cache,
                 use_cache=True,
                 logits_to_keep=1,
-            ).logits
+            )
+        self.cache = output.past_key_values
         if self.columns is not None:
             self.columns.end_prefill()
-        return self._choose(logits_BSV[:, -1], group)
+        return self._choose(output.logits[:, -1], group)
 
     def _step(self) -> None:
         """One new token for every active row."""
@@ -284,7 +287,7 @@ class _DecodeLoop:
             kept = [place for place in range(len(self.active)) if place not in gone]
             self.active = [self.active[place] for place in kept]
             if kept:
-                self.cache.reorder_cache(torch.tensor(kept, device=self.runner.device))
+                keep_rows(self.cache, torch.tensor(kept, device=self.runner.device))
             return
         for place in sorted(finished, reverse=True):
             row, last = self.active[place], len(self.active) - 1

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import AutoConfig
+from transformers import AutoConfig, LlamaConfig
 
 from moe_lightning.data.records import RowOptions
 from moe_lightning.modeling.cache import ColumnCache
@@ -143,7 +143,7 @@ def test_columns_move_back_to_the_front(
 
 
 def make_cache(**settings):
-    cache = ColumnCache(1, **settings)
+    cache = ColumnCache(LlamaConfig(num_hidden_layers=1), **settings)
 
     def write(values):
         """One column per value and row; keys are values, values their negatives."""

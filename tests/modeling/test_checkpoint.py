@@ -238,7 +238,7 @@ def test_symbolic_links_are_followed(sharded: Path, tmp_path: Path) -> None:
 
 
 def test_demo_is_looked_up_in_the_package(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(moe_lightning.demo, "__file__", str(tmp_path / "__init__.py"))
+    monkeypatch.setattr(moe_lightning.demo, "HERE", tmp_path)
     with pytest.raises(CheckpointError, match="Reinstall moe-lightning"):
         open_checkpoint("demo")
     save_tiny("qwen3_moe", tmp_path / "checkpoint")
