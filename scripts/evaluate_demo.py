@@ -15,8 +15,7 @@ import torch
 from jsonargparse import CLI
 
 from moe_lightning import MoELightningModule, Score
-from moe_lightning.data.records import RowBatch
-from moe_lightning.data.records import Record, Row, RowOptions
+from moe_lightning.data.records import Record, Row, RowBatch, RowOptions
 from moe_lightning.dispatch import LayerTrace
 
 KINDS = ("plays", "verse", "prose")

@@ -14,13 +14,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from moe_lightning.data.batching import split_by_length
 from moe_lightning.modeling.cache import ColumnCache, keep_rows
 from moe_lightning.modeling.runner import ModelRunner
 from moe_lightning.tasks.sampling import Sampling, choose_tokens, penalise_repetition
-from moe_lightning.tasks.task import Progress
+from moe_lightning.tasks.task import FORWARD_TOKENS, Progress
 
 PREFILL_SHARE = 8  # rows are taken in once 1/8 of the places is free, to share a forward
-MAX_PADDING = 0.25  # prompts whose lengths differ by more than this share are computed apart
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,17 +170,12 @@ class _DecodeLoop:
             # Other caches hold one batch at a time, so all its rows are computed together.
             yield rows
             return
-        rows.sort(key=lambda row: -len(row.request.token_ids))
-        group: list[_Active] = []
-        for row in rows:
-            if group:
-                width = len(group[0].request.token_ids)
-                is_short = len(row.request.token_ids) < (1 - MAX_PADDING) * width
-                if is_short or width * (len(group) + 1) > self.budget_tokens:
-                    yield group
-                    group = []
-            group.append(row)
-        yield group
+        for group in split_by_length(
+            [len(row.request.token_ids) for row in rows],
+            forward_tokens=FORWARD_TOKENS,
+            budget_tokens=self.budget_tokens,
+        ):
+            yield [rows[position] for position in group]
 
     def _prefill(self, group: list[_Active]) -> tuple[list[int], list[bool]]:
         batch = self.runner.pad([row.request.token_ids for row in group], side="left")

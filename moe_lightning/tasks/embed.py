@@ -7,24 +7,22 @@ import torch
 from typing_extensions import override
 
 from moe_lightning.data.records import Row, RowError
-from moe_lightning.modeling.runner import ModelRunner
-from moe_lightning.tasks.task import Progress, Task, not_finite
+from moe_lightning.modeling.runner import ModelRunner, PaddedBatch
+from moe_lightning.tasks.forward_task import ForwardTask
+from moe_lightning.tasks.task import not_finite
 
 
-class Embed(Task):
+class Embed(ForwardTask):
     """Mean of the last hidden state over a row's tokens."""
 
     @override
-    def run(
-        self, runner: ModelRunner, rows: Sequence[Row], *, budget_tokens: int, progress: Progress
+    def answer(
+        self, runner: ModelRunner, rows: Sequence[Row], batch: PaddedBatch
     ) -> list[dict[str, Any] | RowError]:
-        batch = runner.pad([row.token_ids for row in rows], side="right")
         hidden_BSD = runner.last_hidden_state(batch).float()
         lengths = [len(row.token_ids) for row in rows]
-        means_BD = torch.stack(
-            [h[:n].mean(0) for h, n in zip(hidden_BSD, lengths, strict=True)]
-        ).cpu()
-        progress(len(rows), sum(lengths), 0, batch.input_ids_BS.numel() - sum(lengths))
+        means = [h[:n].mean(0) for h, n in zip(hidden_BSD, lengths, strict=True)]
+        means_BD = torch.stack(means).cpu()
         is_finite = means_BD.isfinite().all(1).tolist()
         return [
             {"id": row.id, "embedding": mean.tolist()} if ok else not_finite(row, "hidden states")

@@ -10,22 +10,21 @@ from typing_extensions import override
 
 from moe_lightning.data.records import Row, RowError
 from moe_lightning.modeling.runner import ModelRunner, PaddedBatch
-from moe_lightning.tasks.task import Progress, Task, not_finite
+from moe_lightning.tasks.forward_task import ForwardTask
+from moe_lightning.tasks.task import not_finite
 
 CHUNK_TOKENS = 256  # logits of this many tokens at a time stay in a CPU's cache and small on a GPU
 
 
-class Score(Task):
+class Score(ForwardTask):
     """Sum of the natural log-probabilities of every token of a row after its first."""
 
     @override
-    def run(
-        self, runner: ModelRunner, rows: Sequence[Row], *, budget_tokens: int, progress: Progress
+    def answer(
+        self, runner: ModelRunner, rows: Sequence[Row], batch: PaddedBatch
     ) -> list[dict[str, Any] | RowError]:
-        batch = runner.pad([row.token_ids for row in rows], side="right")
         lengths = [len(row.token_ids) for row in rows]
         logprobs = _sum_by_row(_token_logprobs(runner, batch, lengths), lengths)
-        progress(len(rows), sum(lengths), 0, batch.input_ids_BS.numel() - sum(lengths))
         return [
             _answer(row, logprob, length)
             for row, logprob, length in zip(rows, logprobs, lengths, strict=True)

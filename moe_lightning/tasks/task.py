@@ -10,6 +10,8 @@ from numpy.typing import NDArray
 from moe_lightning.data.records import Row, RowError
 from moe_lightning.modeling.runner import ModelRunner
 
+FORWARD_TOKENS = 256  # what a forward costs besides its tokens, counted in tokens (measured, CPU)
+
 Progress = Callable[[int, int, int, int], None]
 """Called with the increase in (rows, prompt tokens, new tokens, padding tokens)."""
 

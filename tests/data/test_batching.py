@@ -1,11 +1,11 @@
-from itertools import pairwise
+from itertools import pairwise, product
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moe_lightning.data.batching import padding_share, plan_batches
+from moe_lightning.data.batching import padding_share, plan_batches, split_by_length
 
 
 def as_lists(batches: list[np.ndarray]) -> list[list[int]]:
@@ -65,3 +65,36 @@ def test_plan_invariants(lengths: list[int], budget: int, window: int) -> None:
         for left, right in pairwise(batches):
             if left[0] // window == right[0] // window:
                 assert (len(left) + 1) * costs[left].max() > budget
+
+
+def test_split_by_length_weighs_padding_against_forwards():
+    # One forward: 5 + 4 * 9 = 41. Two: 5 + 2 * 9 + 5 + 2 * 2 = 32.
+    assert split_by_length([9, 2, 8, 2], forward_tokens=5, budget_tokens=100) == [[0, 2], [1, 3]]
+    # A forward that costs more than the padding it saves is not worth it.
+    assert split_by_length([9, 2, 8, 2], forward_tokens=50, budget_tokens=100) == [[0, 2, 1, 3]]
+    # The budget holds, and a row beyond it gets a forward of its own.
+    assert split_by_length([9, 2, 8, 2], forward_tokens=50, budget_tokens=8) == [[0], [2], [1, 3]]
+    assert split_by_length([], forward_tokens=5, budget_tokens=8) == []
+
+
+@given(st.lists(st.integers(1, 30), max_size=7), st.integers(0, 40), st.integers(1, 80))
+def test_split_by_length_is_as_cheap_as_the_best_of_all_splits(lengths, forward_tokens, budget):
+    groups = split_by_length(lengths, forward_tokens=forward_tokens, budget_tokens=budget)
+    assert sorted(i for group in groups for i in group) == list(range(len(lengths)))
+
+    def cost(parts):
+        return sum(forward_tokens + max(part) * len(part) for part in parts)
+
+    ordered = sorted(lengths, reverse=True)
+    best = 0 if not ordered else None
+    for cuts in product([False, True], repeat=max(0, len(ordered) - 1)):
+        parts, part = [], ordered[:1]
+        for is_cut, length in zip(cuts, ordered[1:], strict=True):
+            if is_cut:
+                parts.append(part)
+                part = []
+            part = [*part, length]
+        parts = [p for p in [*parts, part] if p]
+        if all(len(p) == 1 or max(p) * len(p) <= budget for p in parts):
+            best = cost(parts) if best is None else min(best, cost(parts))
+    assert cost([[lengths[i] for i in group] for group in groups]) == best
