@@ -22,6 +22,7 @@ import moe_lightning.demo
 from moe_lightning.errors import CheckpointError
 from moe_lightning.modeling.checkpoint_files import CheckpointFiles, check_files
 from moe_lightning.modeling.file_reading import open_regular
+from moe_lightning.modeling.host_memory import empty_pages
 from moe_lightning.modeling.hub import download_checkpoint
 from moe_lightning.modeling.safetensors_header import TensorInfo
 
@@ -198,9 +199,7 @@ class CheckpointView:
                 "compute with. Convert the checkpoint to BF16 first."
             )
         dtype = TORCH_DTYPES[info.dtype]
-        # On the CPU even under torch.device("meta"), and not cleared first, as a bytearray would
-        # be.
-        tensor = torch.empty(shape, dtype=dtype, device="cpu")
+        tensor = empty_pages(shape, dtype)
         buffer = tensor.reshape(-1).view(torch.uint8).numpy().data
         fd, num_read = self._descriptor(info.file), 0
         while num_read < len(buffer):

@@ -1,16 +1,33 @@
-"""Giving memory that was freed back to the system."""
+"""Memory to read weights into, which goes back to the system as soon as it is freed.
 
-import ctypes
-import sys
+The C library serves buffers of up to 32 MiB from heaps, one for each loading thread, and keeps them
+there when they are freed: a load would hold its weights and a good part of its read buffers.
+"""
+
+import math
+import mmap
+
+import torch
+from torch import Tensor
+
+MIN_BYTES = 2**18  # smaller buffers do not matter, and would waste most of their last page
 
 
-def release_freed_memory() -> None:
-    """Make the C library give freed memory back, where it is glibc, which keeps it otherwise.
+def empty_pages(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """An uninitialised tensor on the host with pages of its own.
 
-    Buffers of up to 32 MiB come from glibc's heaps, one for each loading thread, and stay there
-    when they are freed: a load would hold its weights and a good part of its read buffers.
+    Args:
+        shape: Its sizes.
+        dtype: Its dtype.
+
+    Returns:
+        The tensor, on the CPU even under ``torch.device("meta")``.
     """
-    if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-        if trim is not None:
-            trim(0)
+    num_bytes = math.prod(shape) * dtype.itemsize
+    if num_bytes < MIN_BYTES:
+        return torch.empty(shape, dtype=dtype, device="cpu")
+    pages = mmap.mmap(-1, num_bytes)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        pages.madvise(mmap.MADV_HUGEPAGE)  # fewer page faults
+    with torch.device("cpu"):
+        return torch.frombuffer(pages, dtype=dtype).view(shape)

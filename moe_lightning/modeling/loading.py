@@ -33,7 +33,6 @@ from transformers.modeling_utils import LoadStateDictConfig
 
 from moe_lightning.errors import CheckpointError
 from moe_lightning.modeling.checkpoint import CheckpointView
-from moe_lightning.modeling.host_memory import release_freed_memory
 from moe_lightning.modeling.preflight import check_model
 from moe_lightning.modeling.quiet import quiet_transformers
 from moe_lightning.modeling.seam import MoELayer, find_moe_layers
@@ -181,7 +180,6 @@ def _fill(
             missing &= info.missing_keys
             conversions |= {id(c): c for c in model._weight_conversions}
             bar.update(sum(_num_bytes(view, name) for name in names))
-            release_freed_memory()
         if info is None:
             raise CheckpointError(f"{view.path} has no tensors.")
         info.missing_keys = missing

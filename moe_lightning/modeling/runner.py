@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -79,25 +80,22 @@ class ModelRunner:
 
     def last_hidden_state(self, batch: PaddedBatch) -> Tensor:
         """The output of the last layer after the final norm, ``[B, S, D]``."""
-        with self.padding.over(batch.host_mask_BS):
-            hidden_BSD: Tensor = self.model.base_model(
-                input_ids=batch.input_ids_BS,
-                attention_mask=batch.mask_BS,
-                position_ids=batch.position_ids_BS,
-                use_cache=False,
-            ).last_hidden_state
+        hidden_BSD: Tensor = self._forward(self.model.base_model, batch).last_hidden_state
         return hidden_BSD
 
     def logits(self, batch: PaddedBatch) -> Tensor:
         """Logits of every position, ``[B, S, V]``."""
+        logits_BSV: Tensor = self._forward(self.model, batch).logits
+        return logits_BSV
+
+    def _forward(self, model: Any, batch: PaddedBatch) -> Any:
         with self.padding.over(batch.host_mask_BS):
-            logits_BSV: Tensor = self.model(
+            return model(
                 input_ids=batch.input_ids_BS,
                 attention_mask=batch.mask_BS,
                 position_ids=batch.position_ids_BS,
                 use_cache=False,
-            ).logits
-        return logits_BSV
+            )
 
     def has_plain_head(self) -> bool:
         """Whether logits are just the output embedding of the last hidden state, found by trying it

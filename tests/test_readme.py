@@ -1,0 +1,52 @@
+"""Every command and code block of the README runs."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from moe_lightning.cli.main import main
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+# Commands that other tests run as they are, or that start the tests themselves.
+RUN_ELSEWHERE = ("scripts/demo.sh", "scripts/test.sh", "scripts/bench_predict.py")
+
+
+def code_blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def commands() -> list[str]:
+    lines = [line for block in code_blocks("console") for line in block.splitlines()]
+    return [line[2:].split("#")[0].strip() for line in lines if line.startswith("$ ")]
+
+
+def test_there_is_something_to_run():
+    assert len(commands()) >= 5
+    assert code_blocks("python")
+
+
+@pytest.mark.parametrize("command", commands())
+def test_command(command, tmp_path, monkeypatch, family_checkpoint):
+    monkeypatch.chdir(tmp_path)
+    Path("prompts.jsonl").write_text('{"id": 1, "prompt": "To be"}\n')
+    words = shlex.split(command)
+    if words[0] in RUN_ELSEWHERE or words[1:2] == ["scripts/bench_predict.py"]:
+        path = ROOT / (words[0] if words[0] in RUN_ELSEWHERE else words[1])
+        assert path.is_file(), "the README names a script that is not there"
+        return
+    assert words[:3] == ["python", "-m", "moe_lightning"], command
+    checkpoint = str(family_checkpoint("mixtral"))
+    options = [checkpoint if word == "DIR_OR_HUB_ID" else word for word in words[3:]]
+    if options[0] == "fit":  # the whole of it is in tests/demo
+        options += ["--trainer.max_steps", "2", "--trainer.val_check_interval", "2"]
+    assert main(options) == 0
+
+
+@pytest.mark.parametrize("block", code_blocks("python"))
+def test_python_block(block, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
+    assert capsys.readouterr().out.strip(), "the block prints what it computed"
