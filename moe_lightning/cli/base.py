@@ -52,6 +52,7 @@ class MoECLI(LightningCLI):
         callbacks: Callback classes with options, by name of their options; each is told the output
             directory by the parameter named.
         trainer_defaults: Defaults of ``--trainer.*``.
+        skip: Parameters of the module that the verb has no use for.
         arguments: The command line after the verb.
     """
 
@@ -63,11 +64,12 @@ class MoECLI(LightningCLI):
         output_dir: str,
         callbacks: dict[str, tuple[type[L.Callback], str]],
         trainer_defaults: dict[str, Any],
+        skip: set[str],
         arguments: Sequence[str],
     ) -> None:
+        self._skip: set[str | int] = {*skip}
         self._default_output_dir = output_dir
         self._configurable_callbacks = callbacks
-        # LightningCLI warns when it gets both arguments and a sys.argv of more than the program.
         super().__init__(
             model_class=MoELightningModule,
             datamodule_class=datamodule_class,
@@ -84,6 +86,18 @@ class MoECLI(LightningCLI):
             },
             args=resolve_configs(arguments),
         )
+
+    @override
+    def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        # As in Lightning 2.6.6, which cannot leave out parameters.
+        parser.add_lightning_class_args(self.trainer_class, "trainer")
+        parser.set_defaults(
+            {f"trainer.{k}": v for k, v in self.trainer_defaults.items() if k != "callbacks"}
+        )
+        parser.add_class_arguments(
+            MoELightningModule, "model", fail_untyped=False, sub_configs=True, skip=self._skip
+        )
+        parser.add_lightning_class_args(self._datamodule_class, "data")
 
     @override
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -111,7 +125,10 @@ class MoECLI(LightningCLI):
         try:
             super().parse_arguments(parser, args)
         except ArgumentError as error:
-            raise UsageError(f"{plain_words(str(error))}\nSee all options with --help.") from error
+            message = plain_words(str(error))
+            if '"model.task"' in message:
+                message += "\nThe tasks are Generate, Score and Embed."
+            raise UsageError(f"{message}\nSee all options with --help.") from error
 
     @override
     def before_instantiate_classes(self) -> None:

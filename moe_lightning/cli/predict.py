@@ -31,6 +31,7 @@ def run(arguments: Sequence[str]) -> int:
             "devices": 1,
             "callbacks": [RowProgressBar(), throughput],
         },
+        skip={"optimizer", "lr_scheduler", "aux_loss_weight", "batch_budget_tokens"},
         arguments=arguments,
     )
     cli.trainer.predict(

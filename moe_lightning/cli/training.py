@@ -23,5 +23,6 @@ def training_cli(verb: str, arguments: Sequence[str], *, output_dir: str) -> MoE
         output_dir=output_dir,
         callbacks={"save": (SaveCheckpoints, "output_dir")},
         trainer_defaults={"devices": 1, "enable_model_summary": False},
+        skip={"batch_budget_tokens"},
         arguments=arguments,
     )
