@@ -178,19 +178,14 @@ class MoELightningModule(L.LightningModule):
         rows = as_row_batch(batch, self.encoder, index=batch_idx, first_id=self._next_row)
         if rows is not batch:
             self._next_row += len(rows.rows) + len(rows.errors)
+        budget = self._budget_tokens()
         predictions = run_isolated(
-            self.task,
-            self.runner,
-            rows,
-            budget_tokens=self._budget_tokens(),
-            progress=self.tally.add,
+            self.task, self.runner, rows, budget_tokens=budget, progress=self.tally.add
         )
         if self.tally.num_batches == 0 and predictions.num_not_finite == len(rows.rows) > 0:
             raise CheckpointError(
                 f"{self.checkpoint}: the model gives NaN for every row of the first batch. Its "
-                "weights are bad, or "
-                f"too large for {self.model.dtype if self.model else self.dtype_name}. Find the "
-                "tensor with "
+                "weights are bad, or too large for its precision. Find the tensor with "
                 "--model.check_weights true, or try --model.dtype float32."
             )
         self.tally.end_batch(num_errors=predictions.num_errors)
