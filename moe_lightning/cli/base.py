@@ -1,4 +1,4 @@
-"""What the verbs share: a LightningCLI without subcommands, and shipped configs."""
+"""What the verbs share: a LightningCLI without subcommands."""
 
 import os
 from collections.abc import Sequence

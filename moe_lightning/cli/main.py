@@ -61,8 +61,6 @@ def main(arguments: Sequence[str]) -> int:
         return _fail(str(error), error.exit_code)
     except KeyboardInterrupt:
         return _fail(INTERRUPTED_MESSAGE, INTERRUPTED)
-    except MemoryError as error:
-        return _fail(f"memory ran out ({error}). Lower --data.max_batch_tokens.", 1)
     except SystemExit as stop:
         # jsonargparse ends --help with 0; Lightning ends an interrupted run with 1.
         if stop.code == 1:
@@ -87,7 +85,8 @@ def _fail(message: str, code: int) -> int:
 
 def _is_out_of_memory(error: Exception) -> bool:
     torch = sys.modules.get("torch")  # not imported just for this
-    return torch is not None and isinstance(error, torch.OutOfMemoryError)
+    kinds = (MemoryError,) if torch is None else (MemoryError, torch.OutOfMemoryError)
+    return isinstance(error, kinds)
 
 
 @contextmanager

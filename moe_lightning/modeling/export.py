@@ -19,13 +19,16 @@ def export_model(
         directory: Where to; made if missing.
 
     Raises:
-        UsageError: If the directory holds a checkpoint already.
+        UsageError: If the directory holds a checkpoint already, or cannot be made.
     """
     if (directory / "config.json").exists():
         raise UsageError(
             f"{directory} holds a checkpoint already. Choose another directory, or remove it."
         )
-    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"{directory} cannot be made ({error.strerror}).") from error
     with quiet_transformers():
         model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)

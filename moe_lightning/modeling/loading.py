@@ -117,12 +117,12 @@ def load_model(
     Raises:
         CheckpointError: If the checkpoint and the model that its config describes do not match
             exactly.
+        ValueError: If an expert, or a layer with experts, is asked for that does not exist.
     """
     model = build_on_meta(view.config, dtype=dtype)
     find_moe_layers(model)
     check_model(view, build_on_meta(view.config, dtype=dtype))
-    keys = list(view.tensors)
-    slices: dict[str, Any] = view.slices(keys)
+    slices: dict[str, Any] = view.slices(view.tensors)
     if experts is not None:
         slices = _select_experts(model, slices, experts)
     _fill(model, slices, view, device=device, dtype=dtype, show_progress=show_progress)
@@ -146,7 +146,7 @@ def _fill(
         dtype_plan=model._get_dtype_plan(dtype),
         weight_mapping=get_model_conversion_mapping(model),
     )
-    missing = set(model.state_dict())
+    missing, unexpected = set(model.state_dict()), set[str]()
     conversions: dict[int, Any] = {}
     info = None
     num_bytes = sum(_num_bytes(view, name) for name in slices)
@@ -164,30 +164,25 @@ def _fill(
         for names in _by_layer(slices):
             part = {name: slices[name] for name in names}
             info, _ = convert_and_load_state_dict_in_model(model, part, load_config)
-            problems = [
-                *info.unexpected_keys,
-                *map(str, info.mismatched_keys),
-                *info.conversion_errors.values(),
-            ]
-            ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
-            problems = [
-                p for p in problems if not any(re.search(pattern, p) for pattern in ignored)
-            ]
+            problems = [*map(str, info.mismatched_keys), *info.conversion_errors.values()]
             if problems:
                 raise CheckpointError(
                     f"{view.path}: tensors do not fit the model: {'; '.join(sorted(problems)[:3])}"
                 )
+            unexpected |= info.unexpected_keys
             missing &= info.missing_keys
             conversions |= {id(c): c for c in model._weight_conversions}
             bar.update(sum(_num_bytes(view, name) for name in names))
         if info is None:
             raise CheckpointError(f"{view.path} has no tensors.")
-        info.missing_keys = missing
+        info.missing_keys, info.unexpected_keys = missing, unexpected
         model._weight_conversions = list(conversions.values())
+        # Takes out what the family leaves out, or ignores, on purpose.
         model._finalize_model_loading(model, load_config, info)
-    if info.missing_keys:
+    if info.missing_keys or info.unexpected_keys:
         raise CheckpointError(
-            f"{view.path}: the model lacks {', '.join(sorted(info.missing_keys)[:3])}."
+            f"{view.path}: the model lacks {sorted(info.missing_keys)[:3]}, and has no place for "
+            f"{sorted(info.unexpected_keys)[:3]}."
         )
     _assert_materialised(model)
 

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,11 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import moe_lightning
 from moe_lightning import MoELightningModule
-from moe_lightning.errors import CheckpointError
+from moe_lightning.errors import CheckpointError, UsageError
 from moe_lightning.modeling.checkpoint import open_checkpoint
 from moe_lightning.modeling.loading import build_on_meta, keep_experts, load_model
 from moe_lightning.modeling.seam import find_moe_layers
@@ -225,3 +227,19 @@ def test_peak_memory_of_loading_is_bounded(size, slack):
     assert result["peak_bytes"] <= result["bound_bytes"]
     assert result["is_within_bound"]
     assert done.returncode == 0
+
+
+def test_rotary_buffers_of_old_checkpoints_are_ignored_as_transformers_does(
+    family_checkpoint, tmp_path
+):
+    path = shutil.copytree(family_checkpoint("mixtral"), tmp_path / "old")
+    tensors = load_file(path / "model.safetensors")
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    with open_checkpoint(path) as view:
+        load_model(view, device=torch.device("cpu"), dtype=torch.float32)
+
+
+def test_an_export_directory_that_cannot_be_made_is_a_users_error(loaded_module, family_checkpoint):
+    with pytest.raises(UsageError, match="cannot be made"):
+        loaded_module(family_checkpoint("mixtral")).export("/dev/null/out")
