@@ -10,10 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from moe_lightning.callbacks import PredictionWriter as PredictionWriter
+    from moe_lightning.callbacks import RoutingBalance as RoutingBalance
     from moe_lightning.callbacks import Throughput as Throughput
     from moe_lightning.data.finetune import TextData as TextData
     from moe_lightning.data.prompts import PromptData as PromptData
     from moe_lightning.module import MoELightningModule as MoELightningModule
+    from moe_lightning.placement import ExpertPlacement as ExpertPlacement
+    from moe_lightning.strategies import PlacementStrategy as PlacementStrategy
     from moe_lightning.tasks import Embed as Embed
     from moe_lightning.tasks import Generate as Generate
     from moe_lightning.tasks import Score as Score
@@ -30,7 +33,10 @@ _HOMES = {
     "PromptData": "moe_lightning.data.prompts",
     "TextData": "moe_lightning.data.finetune",
     "PredictionWriter": "moe_lightning.callbacks",
+    "RoutingBalance": "moe_lightning.callbacks",
     "Throughput": "moe_lightning.callbacks",
+    "ExpertPlacement": "moe_lightning.placement",
+    "PlacementStrategy": "moe_lightning.strategies",
 }
 __all__ = ["__version__", *_HOMES]
 

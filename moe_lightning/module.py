@@ -7,9 +7,10 @@ Nothing is loaded in the constructor; ``configure_model`` loads weights straight
 device.
 """
 
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import lightning as L
 import torch
@@ -21,22 +22,29 @@ from typing_extensions import override
 
 from moe_lightning.data.batches import as_row_batch
 from moe_lightning.data.encode import Encoder
-from moe_lightning.dispatch import Dispatcher, LocalDispatcher, RoutingLog
+from moe_lightning.dispatch import RoutingLog
 from moe_lightning.errors import CheckpointError, UsageError
-from moe_lightning.experts import ExpertShard, choose_backend
 from moe_lightning.experts.names import BackendName
+from moe_lightning.finetune.losses import default_aux_loss_weight, language_model_losses
 from moe_lightning.modeling.checkpoint import CheckpointView, open_checkpoint
 from moe_lightning.modeling.export import export_model
-from moe_lightning.modeling.loading import load_model
+from moe_lightning.modeling.precision import DtypeName, choose_dtype
 from moe_lightning.modeling.preflight import check_values
 from moe_lightning.modeling.runner import ModelRunner
-from moe_lightning.modeling.seam import MoELayer, attach
 from moe_lightning.modeling.tokenizer import load_tokenizer
+from moe_lightning.strategies import (
+    HostedModel,
+    HostingOptions,
+    MoEStrategy,
+    host_on_one_device,
+    hosting_key,
+    register_strategies,
+)
 from moe_lightning.tally import Tally
 from moe_lightning.tasks import Generate, Task
 from moe_lightning.tasks.isolation import Predictions, run_isolated
 
-DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
+register_strategies()
 
 
 class MoELightningModule(L.LightningModule):
@@ -49,7 +57,8 @@ class MoELightningModule(L.LightningModule):
             own.
         dtype: Precision of the weights and of the computation. "auto" is float32 on a CPU, and the
             checkpoint's own on a GPU; fit trains in float32 unless told otherwise.
-        experts_backend: How experts are computed. "auto" picks the fastest for the device.
+        experts_backend: How experts are computed. "auto" picks the fastest that is exact. On a CPU,
+            cpu_half takes half the memory (relative error 4e-4), and cpu_int8 a quarter (3e-2).
         check_weights: Whether to read all weights once before loading and refuse NaN or infinite
             values.
         optimizer: The optimizer of fit, with its options. The default is AdamW.
@@ -86,6 +95,7 @@ class MoELightningModule(L.LightningModule):
         self.batch_budget_tokens = batch_budget_tokens
         self.model: PreTrainedModel | None = None
         self.runner: ModelRunner | None = None
+        self.hosted: HostedModel | None = None
         self.routing_log = RoutingLog()
         self.tally = Tally()
         self._next_row = 0
@@ -118,32 +128,53 @@ class MoELightningModule(L.LightningModule):
     @override
     def configure_model(self) -> None:
         """Load the model once; later calls do nothing."""
-        if self.model is not None:
+        trainer = self._trainer
+        strategy = trainer.strategy if trainer is not None else None
+        if self.hosted is not None and self.hosted.hosted_by != hosting_key(strategy):
+            if self.hosted.has_own_weights:
+                raise UsageError(
+                    "this module's weights are no longer the checkpoint's, and another strategy "
+                    "would load those again. Export it first, and give the new directory as "
+                    "checkpoint."
+                )
+            self.hosted = self.model = self.runner = None
+        if self.hosted is not None:
+            if trainer is not None and trainer.training:
+                self.hosted.unpack()
             return
         if self.check_weights:
             check_values(self.view)
-        device = self._trainer.strategy.root_device if self._trainer is not None else self.device
-        dtype = self._choose_dtype(device)
-        model = load_model(self.view, device=device, dtype=dtype)
-        padding = attach(model, lambda layer: self._dispatcher(layer, device))
-        self.model = model
-        self.runner = ModelRunner(model, self.tokenizer, padding)
-
-    def _choose_dtype(self, device: torch.device) -> torch.dtype:
-        if self.dtype_name != "auto":
-            dtype: torch.dtype = getattr(torch, self.dtype_name)
-            return dtype
-        is_training = self._trainer is not None and bool(self._trainer.training)
-        if device.type == "cpu" or is_training:
-            return torch.float32
-        return getattr(self.view.config.get_text_config(), "dtype", None) or torch.float32
-
-    def _dispatcher(self, layer: MoELayer, device: torch.device) -> Dispatcher:
-        backend = choose_backend(self.experts_backend, device=device)
-        shard = ExpertShard(
-            layer.experts, layer=layer.layer, expert_ids=range(layer.num_experts), backend=backend
+        device = strategy.root_device if strategy is not None else self.device
+        is_training = trainer is not None and bool(trainer.training)
+        if trainer is not None:
+            packs = bool(trainer.predicting)
+        else:  # what follows is not known, so weights stay trainable unless told otherwise
+            packs = self.experts_backend.startswith("cpu_")
+        options = HostingOptions(
+            dtype=choose_dtype(
+                self.dtype_name,
+                device,
+                self.view.config,
+                is_training=is_training,
+                precision=trainer.precision if trainer is not None else "32-true",
+            ),
+            experts_backend=self.experts_backend,
+            log=self.routing_log,
+            packs_while_loading=packs,
+            is_training=is_training,
         )
-        return LocalDispatcher(shard, log=self.routing_log)
+        if isinstance(strategy, MoEStrategy):
+            self.hosted = strategy.host(self.view, options)
+        else:
+            self.hosted = host_on_one_device(self.view, device, options)
+        self.model = self.hosted.model
+        self.runner = ModelRunner(
+            self.model,
+            self.tokenizer,
+            self.hosted.padding,
+            self.routing_log,
+            self.hosted.interleaver,
+        )
 
     # Predicting.
 
@@ -197,6 +228,8 @@ class MoELightningModule(L.LightningModule):
 
     @override
     def on_predict_start(self) -> None:
+        assert self.hosted is not None, "configure_model has not run"
+        self.hosted.pack()
         self.tally.reset()
         self._next_row = 0
 
@@ -205,6 +238,8 @@ class MoELightningModule(L.LightningModule):
     @override
     def on_fit_start(self) -> None:
         assert self.model is not None, "configure_model has not run"
+        assert self.hosted is not None, "it comes with the model"
+        self.hosted.has_own_weights = True
         self.model.train()  # checkpoints load in eval mode, and Lightning leaves modes alone
 
     @override
@@ -219,7 +254,10 @@ class MoELightningModule(L.LightningModule):
         Returns:
             The loss.
         """
-        loss, aux_loss = self._losses(batch)
+        assert self.model is not None, "configure_model has not run"
+        loss, aux_loss = language_model_losses(
+            self.model, batch, with_aux_loss=self._aux_loss_weight() != 0
+        )
         self.log("train_loss", loss, prog_bar=True)
         if aux_loss is not None:
             self.log("train_aux_loss", aux_loss)
@@ -240,31 +278,15 @@ class MoELightningModule(L.LightningModule):
         # A batch without targets (padding of a rank with less data) weighs nothing, but every rank
         # takes part in the forward and in the sum.
         num_targets = int((batch["labels"][:, 1:] != -100).sum())
-        loss, _ = self._losses(batch, with_aux_loss=False)
+        assert self.model is not None, "configure_model has not run"
+        loss, _ = language_model_losses(self.model, batch, with_aux_loss=False)
         loss = loss if num_targets else torch.zeros_like(loss)
         self.log("val_loss", loss, prog_bar=True, batch_size=num_targets, sync_dist=True)
-
-    def _losses(
-        self, batch: dict[str, Tensor], *, with_aux_loss: bool = True
-    ) -> tuple[Tensor, Tensor | None]:
-        assert self.model is not None, "configure_model has not run"
-        output = self.model(
-            input_ids=batch["input_ids"],
-            attention_mask=batch.get("attention_mask"),
-            position_ids=batch.get("position_ids"),
-            use_cache=False,
-            **({"output_router_logits": True} if with_aux_loss and self._aux_loss_weight() else {}),
-        )
-        logits_NV = output.logits[:, :-1].flatten(0, 1).float()
-        loss = torch.nn.functional.cross_entropy(logits_NV, batch["labels"][:, 1:].flatten())
-        return loss, getattr(output, "aux_loss", None)
 
     def _aux_loss_weight(self) -> float:
         if self.aux_loss_weight is not None:
             return self.aux_loss_weight
-        return float(
-            getattr(self.view.config.get_text_config(), "router_aux_loss_coef", 0.0) or 0.0
-        )
+        return default_aux_loss_weight(self.view.config)
 
     @override
     def configure_optimizers(self) -> OptimizerLRScheduler:
@@ -286,6 +308,18 @@ class MoELightningModule(L.LightningModule):
 
     # Saving.
 
+    @override
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        if self.hosted is not None:
+            self.hosted.unpack()
+        return super().state_dict(*args, **kwargs)
+
+    @override
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        if self.hosted is not None:
+            self.hosted.make_room()
+        return super().load_state_dict(state_dict, *args, **kwargs)
+
     def export(self, directory: str | Path) -> None:
         """Write the model as a Hugging Face directory that plain ``from_pretrained`` loads.
 
@@ -297,4 +331,6 @@ class MoELightningModule(L.LightningModule):
         """
         if self.model is None:
             raise UsageError("There is no model to export: call configure_model, or fit, first.")
+        assert self.hosted is not None, "it comes with the model"
+        self.hosted.unpack()
         export_model(self.model, self.tokenizer, Path(directory))

@@ -3,6 +3,7 @@
 Fixtures are factories that keep what they made for the session.
 """
 
+import os
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -10,6 +11,11 @@ from typing import Any
 
 import pytest
 import torch
+
+# Without a GPU, Triton's kernels run in its interpreter. transformers imports triton, which reads
+# this only then.
+os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
+
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -84,9 +90,9 @@ def family(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-@pytest.fixture(params=["reference", "grouped_mm"])
+@pytest.fixture(params=["reference", "grouped_mm", "cpu_packed"])
 def backend(request: pytest.FixtureRequest) -> str:
-    """Each of the backends in turn."""
+    """Each of the backends that are exact on a CPU in turn."""
     return str(request.param)
 
 
@@ -119,6 +125,8 @@ def loaded_module() -> Callable[..., MoELightningModule]:
     def load(path: Path, backend: Any = "grouped_mm") -> MoELightningModule:
         module = MoELightningModule(str(path), experts_backend=backend)
         module.configure_model()
+        if backend.startswith("cpu_"):
+            module.hosted.pack()  # the dense layers as well, as predict does
         return module
 
     return load

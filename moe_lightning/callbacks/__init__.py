@@ -1,8 +1,17 @@
 """Lightning callbacks: writing predictions, showing progress, reporting the run."""
 
+from moe_lightning.callbacks.placement_file import PlacementFile
 from moe_lightning.callbacks.prediction_writer import PredictionWriter
+from moe_lightning.callbacks.routing_balance import RoutingBalance
 from moe_lightning.callbacks.row_progress_bar import RowProgressBar
 from moe_lightning.callbacks.save_checkpoints import SaveCheckpoints
 from moe_lightning.callbacks.throughput import Throughput
 
-__all__ = ["PredictionWriter", "RowProgressBar", "SaveCheckpoints", "Throughput"]
+__all__ = [
+    "PlacementFile",
+    "PredictionWriter",
+    "RoutingBalance",
+    "RowProgressBar",
+    "SaveCheckpoints",
+    "Throughput",
+]

@@ -123,10 +123,15 @@ def _num_input_errors(trainer: Trainer) -> int:
 
 
 def _devices(trainer: Trainer) -> list[str]:
-    device = trainer.strategy.root_device
-    if device.type == "cuda":
-        return [torch.cuda.get_device_name(device)]
-    return [f"{device.type} ({torch.get_num_threads()} threads)"]
+    devices = getattr(trainer.strategy, "devices", [trainer.strategy.root_device])
+    return [
+        torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu()
+        for device in devices
+    ]
+
+
+def _cpu() -> str:
+    return f"cpu ({torch.get_num_threads()} threads)"
 
 
 def _summary(report: dict[str, Any]) -> str:

@@ -15,10 +15,12 @@ from typing_extensions import override
 
 from moe_lightning.cli.configs import resolve_configs
 from moe_lightning.cli.plain_words import plain_words
+from moe_lightning.cli.strategy_names import spell_out_strategies
 from moe_lightning.errors import MoELightningError, UsageError
 from moe_lightning.files import write_atomically
 from moe_lightning.modeling.training_checkpoint import check_training_checkpoint
 from moe_lightning.module import MoELightningModule
+from moe_lightning.strategies import STRATEGIES, MoEStrategy
 from moe_lightning.tasks import Generate
 
 
@@ -84,7 +86,7 @@ class MoECLI(LightningCLI):
                 "prog": f"python -m moe_lightning {verb}",
                 "exit_on_error": False,
             },
-            args=resolve_configs(arguments),
+            args=spell_out_strategies(resolve_configs(arguments)),
         )
 
     @override
@@ -162,7 +164,16 @@ class MoECLI(LightningCLI):
             L.fabric.utilities.exceptions.MisconfigurationException,
         ) as error:
             # What options mean together is checked by the classes they go to.
+            if "invalid strategy name" in str(error):
+                raise UsageError(
+                    f"--trainer.strategy {self.config.trainer.strategy}: there is no such "
+                    f"strategy. This package's are {', '.join(STRATEGIES)}; of Lightning's, auto "
+                    "(one device) and ddp run its models."
+                ) from error
             raise UsageError(plain_words(str(error))) from error
+        strategy = self.trainer.strategy
+        if self.config.ckpt_path is not None and isinstance(strategy, MoEStrategy):
+            strategy.check_ckpt_path()
 
     @override
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:

@@ -2,7 +2,12 @@
 
 from collections.abc import Sequence
 
-from moe_lightning.callbacks import PredictionWriter, RowProgressBar, Throughput
+from moe_lightning.callbacks import (
+    PlacementFile,
+    PredictionWriter,
+    RowProgressBar,
+    Throughput,
+)
 from moe_lightning.cli.base import MoECLI
 from moe_lightning.data.prompts import PromptData
 
@@ -29,7 +34,7 @@ def run(arguments: Sequence[str]) -> int:
             "enable_checkpointing": False,
             "enable_model_summary": False,
             "devices": 1,
-            "callbacks": [RowProgressBar(), throughput],
+            "callbacks": [RowProgressBar(), throughput, PlacementFile()],
         },
         skip={"optimizer", "lr_scheduler", "aux_loss_weight", "batch_budget_tokens"},
         arguments=arguments,

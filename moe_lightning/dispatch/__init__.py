@@ -2,6 +2,19 @@
 
 from moe_lightning.dispatch.bookkeeping import LayerTrace, RoutingLog, Span
 from moe_lightning.dispatch.dispatcher import Dispatcher
+from moe_lightning.dispatch.interleave import Interleaver
 from moe_lightning.dispatch.local import LocalDispatcher
+from moe_lightning.dispatch.placed import PlacedDispatcher
+from moe_lightning.dispatch.slots import Slot, make_slots
 
-__all__ = ["Dispatcher", "LayerTrace", "LocalDispatcher", "RoutingLog", "Span"]
+__all__ = [
+    "Dispatcher",
+    "Interleaver",
+    "LayerTrace",
+    "LocalDispatcher",
+    "PlacedDispatcher",
+    "RoutingLog",
+    "Slot",
+    "Span",
+    "make_slots",
+]

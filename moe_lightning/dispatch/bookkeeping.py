@@ -7,7 +7,7 @@ choice, once per interval.
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -55,11 +55,19 @@ class LayerTrace:
     spans: list[Span] = field(default_factory=list)
 
     @contextmanager
-    def span(self, part: Part, slot: str, num_bytes: int = 0) -> Iterator[None]:
+    def span(self, part: Part, slot: str) -> Iterator[Span]:
         """Time a block as one part of the pass."""
-        start_s = time.perf_counter()
-        yield
-        self.spans.append(Span(part, slot, start_s, time.perf_counter(), num_bytes))
+        span = Span(part, slot, time.perf_counter(), 0.0, 0)
+        yield span
+        span.end_s = time.perf_counter()
+        self.spans.append(span)
+
+
+def maybe_span(
+    trace: LayerTrace | None, part: Part, slot: str
+) -> AbstractContextManager[Span | None]:
+    """A span of the trace, or nothing while nobody looks."""
+    return nullcontext() if trace is None else trace.span(part, slot)
 
 
 TraceReader = Callable[[LayerTrace], None]
@@ -70,11 +78,21 @@ class RoutingLog:
 
     def __init__(self) -> None:
         self._readers: list[TraceReader] = []
+        self._is_paused = False
 
     @property
     def is_read(self) -> bool:
         """Whether anybody subscribed; dispatchers skip all bookkeeping otherwise."""
-        return bool(self._readers)
+        return bool(self._readers) and not self._is_paused
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Record nothing during the block: its rows are nobody's."""
+        self._is_paused = True
+        try:
+            yield
+        finally:
+            self._is_paused = False
 
     def subscribe(self, reader: TraceReader) -> None:
         """Call ``reader`` with every trace from now on."""

@@ -1,5 +1,7 @@
 """LocalDispatcher: all experts of a layer on the device of the rows. The readable reference."""
 
+from collections.abc import Callable
+
 from torch import Tensor
 from typing_extensions import override
 
@@ -24,7 +26,13 @@ class LocalDispatcher(Dispatcher):
         self.shard = shard
 
     @override
-    def __call__(self, hidden_TD: Tensor, index_TK: Tensor, weights_TK: Tensor) -> Tensor:
+    def __call__(
+        self,
+        hidden_TD: Tensor,
+        index_TK: Tensor,
+        weights_TK: Tensor,
+        meanwhile: Callable[[], None] | None = None,
+    ) -> Tensor:
         if not self.log.is_read:
             return self.shard.compute(hidden_TD, index_TK, weights_TK)
         trace = LayerTrace(self.layer, self.num_experts, index_TK, weights_TK)

@@ -1,71 +1,90 @@
-"""How a shard's experts are computed. A backend is a plain function with transformers' experts
-contract.
+"""How a shard's experts are computed, and how one of the ways is chosen.
 
-    backend(experts, hidden_TD, index_TK, weights_TK) -> [T, D]
+    backend(rows_RD, index_RK, weights_RK) -> [R, D]
 
-``experts`` is the family's own module, so biases, transposed and interleaved layouts, gates and
+The experts are the family's own module, so biases, transposed and interleaved layouts, gates and
 activations are the family's. Contract and attribute names: transformers/integrations/moe.py, 5.23.
 """
 
+import logging
 from collections.abc import Callable
-from typing import cast, get_args
+from functools import cache, partial
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import grouped_mm
 
 from moe_lightning.errors import UsageError
-from moe_lightning.experts.names import BackendName
-from moe_lightning.experts.permute import sort_by_expert, weighted_combine
+from moe_lightning.experts.names import BACKEND_NAMES
+from moe_lightning.experts.packed import PackedExperts, activation, projections
+from moe_lightning.experts.packed_weights import (
+    HalfWeights,
+    Int8Weights,
+    OneDnnWeights,
+    PackedWeights,
+)
+from moe_lightning.experts.permute import SortedRows, sort_by_expert, weighted_combine
 
-Backend = Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]
+Backend = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Computes received rows: (rows ``[R, D]``, *local* experts ``[R, K]``, router weights ``[R, K]``)
+to the weighted sum of each row, ``[R, D]``, in the dtype of the rows. A local expert that is the
+number of experts of the module stands for one that is computed elsewhere: it adds nothing."""
+
+PACKED: dict[str, type[PackedWeights]] = {
+    "cpu_packed": OneDnnWeights,
+    "cpu_half": HalfWeights,
+    "cpu_int8": Int8Weights,
+}
+_log = logging.getLogger("moe_lightning")
 
 
-def reference(
-    experts: nn.Module, hidden_TD: Tensor, index_TK: Tensor, weights_TK: Tensor
-) -> Tensor:
+def reference(experts: nn.Module, rows_RD: Tensor, index_RK: Tensor, weights_RK: Tensor) -> Tensor:
     """The family's own unmodified code: slow, obvious, the truth of the tests."""
-    family_forward = cast(Backend, type(experts).forward.__wrapped__)  # type: ignore[attr-defined]
-    return family_forward(experts, hidden_TD, index_TK, weights_TK)
-
-
-def grouped(experts: nn.Module, hidden_TD: Tensor, index_TK: Tensor, weights_TK: Tensor) -> Tensor:
-    """All experts in two grouped matrix products over rows that are sorted once.
-
-    Args:
-        experts: The family's experts module.
-        hidden_TD: Rows, in the model's dtype.
-        index_TK: Expert of each row, in [0, number of experts of the module).
-        weights_TK: Router weights, any float dtype.
-
-    Returns:
-        Weighted sum per row, ``[T, D]``, in the dtype of ``hidden_TD``.
-    """
-    if hidden_TD.shape[0] == 0:
-        return hidden_TD
-    order_N, expert_N, ends_E = sort_by_expert(index_TK, cast(int, experts.num_experts))
-    rows_ND = hidden_TD[order_N // index_TK.shape[1]]
-    name = "gate_up_proj" if experts.has_gate else "up_proj"
-    rows_NF = _grouped_linear(experts, name, rows_ND, expert_N, ends_E)
-    activate = cast(
-        Callable[[Tensor], Tensor], experts._apply_gate if experts.has_gate else experts.act_fn
+    if experts.num_experts == 0:
+        return torch.zeros_like(rows_RD)
+    family_forward = cast(
+        Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor],
+        type(experts).forward.__wrapped__,  # type: ignore[attr-defined]
     )
-    rows_ND = _grouped_linear(experts, "down_proj", activate(rows_NF), expert_N, ends_E)
+    is_here = index_RK < cast(int, experts.num_experts)
+    if bool(is_here.all()):
+        return family_forward(experts, rows_RD, index_RK, weights_RK)
+    # Not all families skip experts that are elsewhere: the pairs that are here, as rows of their
+    # own.
+    row_N, k_N = is_here.nonzero(as_tuple=True)
+    index_N1, weights_N1 = index_RK[row_N, k_N, None], weights_RK[row_N, k_N, None]
+    rows_ND = family_forward(experts, rows_RD[row_N], index_N1, weights_N1)
+    return torch.zeros_like(rows_RD).index_add(0, row_N, rows_ND)
+
+
+def grouped(experts: nn.Module, rows_RD: Tensor, index_RK: Tensor, weights_RK: Tensor) -> Tensor:
+    """All experts in two grouped matrix products over rows that are sorted once."""
+    rows = sort_by_expert(index_RK, cast(int, experts.num_experts))
+    if rows.order_N.numel() == 0 or experts.num_experts == 0:
+        return torch.zeros_like(rows_RD)
+    up, down = projections(experts)
+    rows_ND = rows_RD[rows.order_N // index_RK.shape[1]]
+    rows_NF = activation(experts)(_grouped_linear(experts, up, rows_ND, rows))
+    rows_ND = _grouped_linear(experts, down, rows_NF, rows)
     if experts.has_post_expert_norm:
         rows_ND = cast(nn.Module, experts.post_expert_norm)(rows_ND)
-    return weighted_combine(rows_ND, weights_TK, order_N).to(hidden_TD.dtype)
+    if rows_ND.device.type != "cpu":
+        # grouped_mm leaves the rows of experts elsewhere uninitialised.
+        is_elsewhere_N1 = (rows.expert_N == cast(int, experts.num_experts))[:, None]
+        rows_ND = rows_ND.masked_fill(is_elsewhere_N1, 0.0)
+    return weighted_combine(rows_ND, weights_RK, rows).to(rows_RD.dtype)
 
 
-def _grouped_linear(
-    experts: nn.Module, name: str, rows_NX: Tensor, expert_N: Tensor, ends_E: Tensor
-) -> Tensor:
+def _grouped_linear(experts: nn.Module, name: str, rows_NX: Tensor, rows: SortedRows) -> Tensor:
     weight = cast(Tensor, getattr(experts, name))
     if not experts.is_transposed:
         weight = weight.transpose(-2, -1)
     # grouped_mm ignores autocast (pytorch #174763), so the rows take the weights' dtype here.
-    out_NY = _grouped_product(rows_NX.to(weight.dtype), weight, ends_E)
+    out_NY = _grouped_product(rows_NX.to(weight.dtype), weight, rows.ends_E)
     if experts.has_bias:
-        out_NY = out_NY + cast(Tensor, getattr(experts, f"{name}_bias"))[expert_N]
+        bias_EY = cast(Tensor, getattr(experts, f"{name}_bias"))
+        out_NY = out_NY + bias_EY[rows.expert_N.clamp(max=bias_EY.shape[0] - 1)]
     return out_NY
 
 
@@ -75,9 +94,11 @@ def _grouped_product(rows_NX: Tensor, weight_EXY: Tensor, ends_E: Tensor) -> Ten
     # Widths that grouped_mm refuses: one product after the other, and one read of the host.
     ends = ends_E.tolist()
     starts = [0, *ends[:-1]]
-    return torch.cat(
-        [rows_NX[a:b] @ weight for a, b, weight in zip(starts, ends, weight_EXY, strict=True)]
-    )
+    products = [
+        rows_NX[a:b] @ weight for a, b, weight in zip(starts, ends, weight_EXY, strict=True)
+    ]
+    num_elsewhere = rows_NX.shape[0] - ends[-1]
+    return torch.cat([*products, rows_NX.new_zeros(num_elsewhere, weight_EXY.shape[-1])])
 
 
 def _is_aligned(tensor: Tensor) -> bool:
@@ -87,16 +108,13 @@ def _is_aligned(tensor: Tensor) -> bool:
     return tensor.data_ptr() % 16 == 0 and all(step * size % 16 == 0 for step in steps)
 
 
-_BACKENDS: dict[str, Backend] = {"reference": reference, "grouped_mm": grouped}
-BACKEND_NAMES: tuple[str, ...] = get_args(BackendName)
-
-
-def choose_backend(name: str, *, device: torch.device) -> Backend:
-    """The backend of that name; ``auto`` picks the fastest one that the device can run.
+def plain_backend(name: str, experts: nn.Module) -> Backend:
+    """The backend that leaves the weights where they are and has gradients.
 
     Args:
-        name: One of :data:`BACKEND_NAMES`.
-        device: Where the experts are.
+        name: The backend asked for, one of :data:`BACKEND_NAMES`; those that are for inference only
+            give way to ``grouped_mm``.
+        experts: The family's experts module.
 
     Returns:
         The backend.
@@ -104,13 +122,94 @@ def choose_backend(name: str, *, device: torch.device) -> Backend:
     Raises:
         UsageError: If there is no backend of that name.
     """
+    check_name(name)
+    device = next(experts.parameters()).device
+    # CUDA's grouped_mm needs compute capability 8.0.
+    is_old = device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0)
+    is_reference = name == "reference" or (is_old and name != "grouped_mm")
+    return partial(reference if is_reference else grouped, experts)
+
+
+def make_backend(name: str, experts: nn.Module) -> Backend:
+    """The backend of that name for inference; ``auto`` is the fastest exact one for the weights.
+
+    A packed backend takes the module's weights over (see :class:`PackedExperts`). A backend that
+    cannot serve these experts says why, once, and gives way to ``auto``.
+
+    Args:
+        name: One of :data:`BACKEND_NAMES`.
+        experts: The family's experts module, its weights in place.
+
+    Returns:
+        The backend.
+
+    Raises:
+        UsageError: If there is no backend of that name.
+    """
+    check_name(name)
     if name == "auto":
-        # CUDA's grouped_mm needs compute capability 8.0.
-        is_old = device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0)
-        name = "reference" if is_old else "grouped_mm"
-    if name not in _BACKENDS:
+        return _fastest(experts)
+    if name in ("reference", "grouped_mm") or experts.num_experts == 0:
+        return plain_backend(name, experts)
+    reason = why_not(name, experts)
+    if reason is None and name == "triton":
+        from moe_lightning.experts.fused import FusedExperts
+
+        return FusedExperts(experts)
+    if reason is None:
+        return PackedExperts(experts, PACKED[name])
+    _warn_once(f"model.experts_backend={name} is not used for some experts: {reason}.")
+    return _fastest(experts)
+
+
+def _fastest(experts: nn.Module) -> Backend:
+    """Measured by scripts/bench_experts.py."""
+    if why_not("cpu_packed", experts) is None:
+        return PackedExperts(experts, OneDnnWeights)
+    return plain_backend("auto", experts)
+
+
+def why_not(name: str, experts: nn.Module) -> str | None:
+    """Why a backend for inference cannot serve these experts; None if it can."""
+    if experts.num_experts == 0:
+        return "there are none here"
+    if name == "triton":
+        from moe_lightning.experts.fused import can_fuse
+
+        return can_fuse(experts)
+    weights = [cast(Tensor, getattr(experts, projection)) for projection in projections(experts)]
+    reasons = [PACKED[name].why_not(weight) for weight in weights]
+    return next((reason for reason in reasons if reason is not None), None)
+
+
+def bytes_per_weight(name: str, dtype: torch.dtype, device_type: str) -> int:
+    """Bytes that one expert weight takes in inference.
+
+    Args:
+        name: The backend.
+        dtype: Dtype that the weights are loaded in.
+        device_type: ``cpu`` or ``cuda``.
+
+    Returns:
+        Bytes per weight; scales and biases are too few to count.
+    """
+    packed = PACKED[name].num_bytes if name in PACKED and device_type == "cpu" else None
+    return dtype.itemsize if packed is None else packed
+
+
+def check_name(name: str) -> None:
+    """Refuse what is no backend.
+
+    Raises:
+        UsageError: If there is no backend of that name.
+    """
+    if name not in BACKEND_NAMES:
         raise UsageError(
             f"model.experts_backend={name!r} does not exist; choose from "
             f"{', '.join(BACKEND_NAMES)}."
         )
-    return _BACKENDS[name]
+
+
+@cache
+def _warn_once(message: str) -> None:
+    _log.warning(message)

@@ -5,9 +5,9 @@
 Nothing but headers is read, except by ``check_values``. The files themselves are checked by
 ``checkpoint_files``, before; both checks are offered here.
 
-Private names of transformers used here, as of transformers 5.23: ``rename_source_key``,
-``revert_weight_conversion``, ``_adjust_missing_and_unexpected_keys``, ``all_tied_weights_keys``,
-and the fields of what ``convert_and_load_state_dict_in_model`` returns.
+Private names of transformers used here, as of transformers 5.23: ``revert_weight_conversion``,
+``_adjust_missing_and_unexpected_keys``, ``all_tied_weights_keys``, and the fields of what
+``convert_and_load_state_dict_in_model`` returns.
 """
 
 from collections import defaultdict
@@ -22,10 +22,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
-    WeightConverter,
-    WeightRenaming,
     convert_and_load_state_dict_in_model,
-    rename_source_key,
     revert_weight_conversion,
 )
 from transformers.modeling_utils import LoadStateDictConfig
@@ -42,6 +39,7 @@ from moe_lightning.modeling.mismatch import (
 )
 from moe_lightning.modeling.quiet import quiet_transformers
 from moe_lightning.modeling.safetensors_header import PLAIN_FLOATS, TensorInfo
+from moe_lightning.modeling.tensor_names import find_targets
 
 if TYPE_CHECKING:
     from moe_lightning.modeling.checkpoint import CheckpointView
@@ -79,7 +77,7 @@ def check_model(view: "CheckpointView", model: PreTrainedModel) -> None:
     config = model.config.get_text_config()
     _check_top_k(view, config)
     wanted: dict[str, Tensor] = dict(model.state_dict())
-    outcome = _try_loading(view, model, wanted)
+    outcome = _try_loading(view, model)
     mismatch = _find_mismatch(view, model, wanted, outcome)
     if mismatch:
         raise CheckpointError(
@@ -159,10 +157,7 @@ def _check_dtypes(view: "CheckpointView", wanted: Mapping[str, Tensor], outcome:
             )
 
 
-def _try_loading(
-    view: "CheckpointView", model: PreTrainedModel, wanted: Mapping[str, Tensor]
-) -> _Outcome:
-    target_of = _targets(view.tensors, model, wanted)
+def _try_loading(view: "CheckpointView", model: PreTrainedModel) -> _Outcome:
     tensors = {
         name: torch.empty(info.shape, dtype=torch.float32, device="meta")
         for name, info in view.tensors.items()
@@ -174,6 +169,7 @@ def _try_loading(
     )
     with quiet_transformers():
         try:
+            targets = find_targets(model, view.tensors)
             info, _ = convert_and_load_state_dict_in_model(model, tensors, load_config)
         except Exception as error:
             # Most failures are collected; what is left here names no tensor.
@@ -185,29 +181,12 @@ def _try_loading(
         model._adjust_missing_and_unexpected_keys(info)
     ignored = unexpected - info.unexpected_keys
     return _Outcome(
-        target_of={name: target for name, target in target_of.items() if target not in ignored},
+        target_of={n: target.name for n, target in targets.items() if target.name not in ignored},
         missing=_without_tied(info.missing_keys, model),
         unexpected=info.unexpected_keys,
         mismatched={name: (tuple(has), tuple(want)) for name, has, want in info.mismatched_keys},
         errors=info.conversion_errors,
     )
-
-
-def _targets(
-    names: Iterable[str], model: PreTrainedModel, wanted: Mapping[str, Tensor]
-) -> dict[str, str]:
-    """The model's names for names on disk, as convert_and_load_state_dict_in_model finds them."""
-    mapping = get_model_conversion_mapping(model)
-    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-    prefix = model.base_model_prefix
-    targets = {}
-    for name in names:
-        target, _ = rename_source_key(name, renamings, converters, prefix, wanted)
-        if target not in wanted and name in wanted:
-            target, _ = rename_source_key(name, [], [], prefix, wanted)
-        targets[name] = str(target)
-    return targets
 
 
 def _without_tied(missing: set[str], model: PreTrainedModel) -> set[str]:
@@ -229,7 +208,8 @@ def _find_mismatch(
     )
     faulty = outcome.missing | outcome.mismatched.keys() | outcome.errors.keys()
     shapes = _shapes_on_disk(model, wanted, names)
-    targets = _targets({**shapes, **dict.fromkeys(mismatch.missing)}, model, wanted)
+    found = find_targets(model, {**shapes, **dict.fromkeys(mismatch.missing)})
+    targets = {name: target.name for name, target in found.items()}
     for name, shape in shapes.items():
         if targets[name] in faulty and name not in names:
             mismatch.missing.append(name)

@@ -1,6 +1,6 @@
 """ModelRunner: a loaded model, and the few ways in which tasks call it."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from moe_lightning.dispatch import Interleaver, RoutingLog
 from moe_lightning.modeling.seam import PaddingMask
 
 
@@ -27,6 +28,16 @@ class PaddedBatch:
     host_mask_BS: Tensor | None
     position_ids_BS: Tensor
 
+    def rows(self, start: int, end: int) -> "PaddedBatch":
+        """Some of the rows, padded as they are."""
+        mask_BS, host_mask_BS = self.mask_BS, self.host_mask_BS
+        return PaddedBatch(
+            self.input_ids_BS[start:end],
+            None if mask_BS is None else mask_BS[start:end],
+            None if host_mask_BS is None else host_mask_BS[start:end],
+            self.position_ids_BS[start:end],
+        )
+
 
 class ModelRunner:
     """A loaded model with its tokenizer, as tasks see it.
@@ -35,14 +46,23 @@ class ModelRunner:
         model: The causal language model, its experts attached to dispatchers.
         tokenizer: Its tokenizer.
         padding: The model's padding mask, from ``seam.attach``.
+        log: Where its dispatchers record their work; probes are kept out of it.
+        interleaver: Lets two halves of a batch take turns; None computes batches whole.
     """
 
     def __init__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, padding: PaddingMask
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        padding: PaddingMask,
+        log: RoutingLog,
+        interleaver: Interleaver | None = None,
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.padding = padding
+        self._log = log
+        self._interleaver = interleaver
         self._has_plain_head: bool | None = None
         self._takes_left_padding: bool | None = None
 
@@ -80,13 +100,21 @@ class ModelRunner:
 
     def last_hidden_state(self, batch: PaddedBatch) -> Tensor:
         """The output of the last layer after the final norm, ``[B, S, D]``."""
-        hidden_BSD: Tensor = self._forward(self.model.base_model, batch).last_hidden_state
-        return hidden_BSD
+        return self._in_turns(
+            batch, lambda part: self._forward(self.model.base_model, part).last_hidden_state
+        )
 
     def logits(self, batch: PaddedBatch) -> Tensor:
         """Logits of every position, ``[B, S, V]``."""
-        logits_BSV: Tensor = self._forward(self.model, batch).logits
-        return logits_BSV
+        return self._in_turns(batch, lambda part: self._forward(self.model, part).logits)
+
+    def _in_turns(self, batch: PaddedBatch, compute: Callable[[PaddedBatch], Tensor]) -> Tensor:
+        num_rows, width = batch.input_ids_BS.shape
+        turns = self._interleaver
+        if turns is None or num_rows < 2 or num_rows * width < turns.min_tokens:
+            return compute(batch)
+        first, second = batch.rows(0, num_rows // 2), batch.rows(num_rows // 2, num_rows)
+        return torch.cat(turns.run(lambda: compute(first), lambda: compute(second)))
 
     def _forward(self, model: Any, batch: PaddedBatch) -> Any:
         with self.padding.over(batch.host_mask_BS):
@@ -107,8 +135,9 @@ class ModelRunner:
         if self._has_plain_head is None:
             vocabulary = self.model.get_input_embeddings().num_embeddings
             probe = self.pad([[token % vocabulary for token in range(1, 9)]], side="right")
-            plain = self.model.get_output_embeddings()(self.last_hidden_state(probe))
-            self._has_plain_head = torch.equal(plain, self.logits(probe))
+            with self._log.paused():
+                plain = self.model.get_output_embeddings()(self.last_hidden_state(probe))
+                self._has_plain_head = torch.equal(plain, self.logits(probe))
         return self._has_plain_head
 
     def takes_left_padding(self) -> bool:
@@ -119,7 +148,8 @@ class ModelRunner:
         if self._takes_left_padding is None:
             vocabulary = self.model.get_input_embeddings().num_embeddings
             long, short = ([token % vocabulary for token in range(1, n)] for n in (12, 5))
-            padded, alone = self._two_steps([long, short]), self._two_steps([short])
+            with self._log.paused():
+                padded, alone = self._two_steps([long, short]), self._two_steps([short])
             tolerance = 1e-4 if alone.dtype == torch.float32 else 2e-2
             difference = (padded[-1] - alone[-1]).abs().max() / alone.abs().max()
             self._takes_left_padding = float(difference) < tolerance

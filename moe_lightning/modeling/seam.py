@@ -15,10 +15,11 @@ module that follows the contract) and ``_can_record_outputs`` (which says what c
 """
 
 import re
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from moe_lightning.dispatch import Dispatcher
 from moe_lightning.errors import CheckpointError
+from moe_lightning.modeling.shared_experts import SharedExperts, find_shared_experts
 
 EXPERTS_IMPLEMENTATION = "moe_lightning"
 
@@ -40,12 +42,14 @@ class MoELayer:
         name: Dotted name of the experts module in the model.
         experts: The family's experts module.
         router: The family's router, which chooses experts for every row.
+        block: The module that holds both, and shared experts if the family has them.
     """
 
     layer: int
     name: str
     experts: nn.Module
     router: nn.Module
+    block: nn.Module
 
     @property
     def num_experts(self) -> int:
@@ -70,9 +74,8 @@ def find_moe_layers(model: PreTrainedModel) -> list[MoELayer]:
     for name, module in model.named_modules():
         if hasattr(module, "_is_expert_parallel"):
             parent = model.get_submodule(name.rpartition(".")[0])
-            layers.append(
-                MoELayer(_layer_index(name), name, module, _find_router(model, parent, name))
-            )
+            router = _find_router(model, parent, name)
+            layers.append(MoELayer(_layer_index(name), name, module, router, parent))
     if layers:
         return layers
     family = type(model).__name__
@@ -116,10 +119,11 @@ def _find_router(model: PreTrainedModel, parent: nn.Module, name: str) -> nn.Mod
     )
 
 
-class PaddingMask:
+class PaddingMask(threading.local):
     """Which rows of the current forward are padding, so that they never travel to experts.
 
-    One per model. The batch code sets it around a forward; it is None for a batch without padding.
+    One per model; each thread has a current forward of its own. The batch code sets it around a
+    forward; it is None for a batch without padding.
     """
 
     def __init__(self) -> None:
@@ -141,6 +145,14 @@ class PaddingMask:
             self.real_rows_R = None
 
 
+class _Attachment(NamedTuple):
+    """What an experts module knows of us."""
+
+    dispatcher: Dispatcher
+    padding: PaddingMask
+    shared: SharedExperts | None
+
+
 def attach(
     model: PreTrainedModel, make_dispatcher: Callable[[MoELayer], Dispatcher]
 ) -> PaddingMask:
@@ -155,28 +167,34 @@ def attach(
     """
     padding = PaddingMask()
     for layer in find_moe_layers(model):
-        # Plain attributes, kept out of the module tree: a dispatcher's shards may be on other
+        dispatcher = make_dispatcher(layer)
+        shared = find_shared_experts(layer.block) if dispatcher.sends_rows_away else None
+        attachment = _Attachment(
+            dispatcher, padding, None if shared is None else SharedExperts(layer.block, shared)
+        )
+        # A plain attribute, kept out of the module tree: a dispatcher's shards may be on other
         # devices than the model.
-        object.__setattr__(layer.experts, "_moe_lightning", (make_dispatcher(layer), padding))
+        object.__setattr__(layer.experts, "_moe_lightning", attachment)
     model.set_experts_implementation(EXPERTS_IMPLEMENTATION)
     return padding
 
 
 def dispatcher_of(layer: MoELayer) -> Dispatcher:
     """The dispatcher that :func:`attach` gave to a layer."""
-    return cast(Dispatcher, layer.experts._moe_lightning[0])  # type: ignore[index]
+    return cast(_Attachment, layer.experts._moe_lightning).dispatcher
 
 
 def _dispatch(
     experts: nn.Module, hidden_TD: Tensor, index_TK: Tensor, weights_TK: Tensor
 ) -> Tensor:
     """What transformers calls in place of the family's experts forward."""
-    dispatcher, padding = cast(tuple[Dispatcher, PaddingMask], experts._moe_lightning)
+    dispatcher, padding, shared = cast(_Attachment, experts._moe_lightning)
+    meanwhile = None if shared is None else shared.ahead(hidden_TD)
     real_R = padding.real_rows_R
     if real_R is None or real_R.numel() == hidden_TD.shape[0]:
-        return dispatcher(hidden_TD, index_TK, weights_TK)
+        return dispatcher(hidden_TD, index_TK, weights_TK, meanwhile)
     real_R = real_R.to(hidden_TD.device, non_blocking=True)
-    out_RD = dispatcher(hidden_TD[real_R], index_TK[real_R], weights_TK[real_R])
+    out_RD = dispatcher(hidden_TD[real_R], index_TK[real_R], weights_TK[real_R], meanwhile)
     return torch.zeros_like(hidden_TD).index_copy(0, real_R, out_RD)
 
 

@@ -5,7 +5,7 @@ import torch
 
 from moe_lightning.dispatch import LocalDispatcher, RoutingLog
 from moe_lightning.experts import ExpertShard
-from moe_lightning.experts.backends import grouped, reference
+from moe_lightning.experts.backends import reference
 from moe_lightning.modeling.seam import find_moe_layers
 
 
@@ -22,7 +22,7 @@ def rows_of(num_tokens):
 
 
 def dispatcher_for(experts, log):
-    shard = ExpertShard(experts, layer=1, expert_ids=range(8), backend=grouped)
+    shard = ExpertShard(experts, layer=1, expert_ids=range(8), backend="grouped_mm")
     return LocalDispatcher(shard, log=log)
 
 
@@ -74,6 +74,6 @@ def test_readers_come_and_go(experts):
 
 
 def test_a_shard_without_all_experts_is_refused(experts):
-    shard = ExpertShard(experts, layer=1, expert_ids=[1, 0, *range(2, 8)], backend=grouped)
+    shard = ExpertShard(experts, layer=1, expert_ids=[1, 0, *range(2, 8)], backend="grouped_mm")
     with pytest.raises(AssertionError, match="every expert, in order"):
         LocalDispatcher(shard, log=RoutingLog())

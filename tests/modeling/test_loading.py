@@ -18,7 +18,8 @@ import moe_lightning
 from moe_lightning import MoELightningModule
 from moe_lightning.errors import CheckpointError, UsageError
 from moe_lightning.modeling.checkpoint import open_checkpoint
-from moe_lightning.modeling.loading import build_on_meta, keep_experts, load_model
+from moe_lightning.modeling.expert_selection import keep_experts
+from moe_lightning.modeling.loading import build_on_meta, load_model
 from moe_lightning.modeling.seam import find_moe_layers
 
 CPU = torch.device("cpu")

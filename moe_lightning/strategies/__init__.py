@@ -1,0 +1,17 @@
+"""Lightning strategies: where a model's experts are, and how its data is split."""
+
+from moe_lightning.strategies.hosting import HostedModel, HostingOptions, host_on_one_device
+from moe_lightning.strategies.moe_strategy import MoEStrategy, hosting_key
+from moe_lightning.strategies.placement_strategy import PlacementStrategy
+from moe_lightning.strategies.registry import STRATEGIES, register_strategies
+
+__all__ = [
+    "STRATEGIES",
+    "HostedModel",
+    "HostingOptions",
+    "MoEStrategy",
+    "PlacementStrategy",
+    "host_on_one_device",
+    "hosting_key",
+    "register_strategies",
+]

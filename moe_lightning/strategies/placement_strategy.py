@@ -1,0 +1,237 @@
+"""PlacementStrategy: one process, its experts on several devices, all computing at once.
+
+slot 0: router, dense layers, its experts    slot 1: experts    slot 2: experts    ...
+"""
+
+from collections.abc import Hashable
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import torch
+from lightning.pytorch.accelerators import CUDAAccelerator
+from lightning.pytorch.strategies import ParallelStrategy
+from torch import Tensor
+from typing_extensions import override
+
+from moe_lightning.dispatch import Interleaver, PlacedDispatcher, make_slots
+from moe_lightning.errors import UsageError
+from moe_lightning.experts import ExpertShard
+from moe_lightning.modeling.checkpoint import CheckpointView
+from moe_lightning.modeling.loading import build_on_meta, load_experts, load_model
+from moe_lightning.modeling.seam import MoELayer, attach
+from moe_lightning.placement import ExpertPlacement
+from moe_lightning.strategies.devices import parse_devices
+from moe_lightning.strategies.hosting import HostedModel, HostingOptions
+from moe_lightning.strategies.moe_strategy import MoEStrategy
+from moe_lightning.strategies.placing import PlacementOptions, PolicyName, choose_placement
+
+T = TypeVar("T")
+INTERLEAVE_TOKENS = 256  # below, halves would cost more in small products than they hide
+
+
+class PlacementStrategy(MoEStrategy, ParallelStrategy):
+    """Manual placement: every expert on the device that a placement names, in one process.
+
+    For inference. The router and the dense layers are on the first slot.
+
+    Args:
+        slots: Devices that hold experts, such as [cuda:0, cuda:1, cpu]; a device may be named
+            several times. "auto" is every GPU of the machine, or two slots on the CPU where there
+            is none. The default is the trainer's devices.
+        policy: How experts are given to slots: linear (blocks of equal size), round_robin,
+            balanced (by recorded loads), or file. The default is balanced if loads are given, file
+            if a file is, and linear otherwise.
+        loads: For balanced, the routing_balance.json of an earlier run, or any JSON file with
+            {"loads": {"0": [rows of expert 0, ...], ...}} for every MoE layer.
+        replicas: For balanced, how many extra copies of busy experts each layer gets. The default
+            is none.
+        file: For the policy file, a placement as an earlier run wrote it (placement.json).
+        interleave: Whether score and embed compute a batch as two halves in turns, the dense layers
+            of one while the rows of the other are with their experts.
+        threads: Threads of each slot on the CPU. The default divides PyTorch's threads among them.
+    """
+
+    strategy_name = "moe_placement"
+
+    def __init__(
+        self,
+        slots: list[str] | Literal["auto"] | None = None,
+        *,
+        policy: PolicyName | None = None,
+        loads: str | Path | None = None,
+        replicas: int = 0,
+        file: str | Path | None = None,
+        threads: int | None = None,
+        interleave: bool = False,
+    ) -> None:
+        super().__init__()
+        if threads is not None and threads < 1:
+            raise UsageError(f"trainer.strategy.threads={threads} must be at least 1.")
+        if isinstance(slots, str) and slots != "auto":
+            raise UsageError(
+                f"trainer.strategy.slots={slots!r} is no list of devices: write [{slots}], or auto."
+            )
+        if slots is not None and not slots:
+            raise UsageError("trainer.strategy.slots is empty: name at least one device.")
+        self._slot_names = slots
+        policy = policy or ("file" if file else "balanced" if loads else "linear")
+        self.options = PlacementOptions(policy, loads, replicas, file)
+        self.options.check()
+        self.threads = threads
+        self.interleave = interleave
+        self.placement: ExpertPlacement | None = None
+        self._threads_before: int | None = None
+
+    # Where everything is.
+
+    @property
+    def devices(self) -> list[torch.device]:
+        """Device of every slot."""
+        if self._slot_names is None:
+            return list(self.parallel_devices or [torch.device("cpu")])
+        if self._slot_names == "auto":
+            gpus = [f"cuda:{number}" for number in range(torch.cuda.device_count())]
+            return parse_devices(gpus or ["cpu", "cpu"])
+        return parse_devices(self._slot_names)
+
+    @property
+    @override
+    def root_device(self) -> torch.device:
+        return self.devices[0]
+
+    @override
+    def setup_environment(self) -> None:
+        devices = self.devices
+        kind = "cuda" if isinstance(self.accelerator, CUDAAccelerator) else "cpu"
+        if devices[0].type != kind:
+            raise UsageError(
+                f"the first slot, {devices[0]}, holds the router and the dense layers, but "
+                f"--trainer.accelerator is for {kind}. Name a {kind} device first, or set "
+                f"--trainer.accelerator {'gpu' if devices[0].type == 'cuda' else 'cpu'}."
+            )
+        super().setup_environment()
+        if devices[0].type == "cpu":
+            # More threads in the dense layers would stand in the way of the other slots'.
+            before = torch.get_num_threads()
+            torch.set_num_threads(self._threads_per_slot())
+            self._threads_before = before
+
+    def _threads_per_slot(self) -> int:
+        threads = self._threads_before or torch.get_num_threads()
+        num_on_cpu = sum(device.type == "cpu" for device in self.devices)
+        return self.threads or max(1, threads // max(1, num_on_cpu))
+
+    @override
+    def teardown(self) -> None:
+        if self._threads_before is not None:
+            torch.set_num_threads(self._threads_before)
+            self._threads_before = None
+        super().teardown()
+
+    # Loading.
+
+    @property
+    @override
+    def hosting_key(self) -> Hashable:
+        return (tuple(map(str, self.devices)), self.options, self.threads, self.interleave)
+
+    @override
+    def host(self, view: CheckpointView, options: HostingOptions) -> HostedModel:
+        if options.is_training:
+            raise UsageError(
+                "the strategy moe_placement is for inference and does not train. For fit, use "
+                "--trainer.strategy auto, or ddp."
+            )
+        devices = self.devices
+        meta = build_on_meta(view.config, dtype=options.dtype)
+        placement = choose_placement(
+            meta, devices, self.options, experts_backend=options.experts_backend
+        )
+        self.placement = placement
+        shards: dict[int, dict[int, ExpertShard]] = {}
+        ids_of = [placement.experts_by_layer(slot) for slot in range(placement.num_slots)]
+        load = partial(load_experts, view, dtype=options.dtype)
+
+        def on_layer(layer: MoELayer, slot: int) -> None:
+            ids = ids_of[slot][layer.layer]
+            if ids:
+                of_layer = shards.setdefault(layer.layer, {})
+                of_layer[slot] = options.make_shard(layer, ids)
+
+        model = load_model(
+            view,
+            device=devices[0],
+            dtype=options.dtype,
+            experts=ids_of[0],
+            on_layer=partial(on_layer, slot=0),
+        )
+        for slot in range(1, len(ids_of)):
+            load(device=devices[slot], experts=ids_of[slot], on_layer=partial(on_layer, slot=slot))
+        slots = make_slots(devices, num_threads=self._threads_per_slot())
+        interleaver = None
+        if self.interleave and len(ids_of) > 1:
+            interleaver = Interleaver(min_tokens=INTERLEAVE_TOKENS)
+        padding = attach(
+            model,
+            lambda layer: PlacedDispatcher(
+                shards[layer.layer],
+                slots,
+                num_experts=len(placement.slots[layer.layer]),
+                layer=layer.layer,
+                log=options.log,
+                interleaver=interleaver,
+            ),
+        )
+        every = [shard for of_layer in shards.values() for shard in of_layer.values()]
+        is_whole = len(ids_of) == 1
+        return HostedModel(
+            model,
+            padding,
+            every,
+            is_whole=is_whole,
+            interleaver=interleaver,
+            placement=placement,
+            hosted_by=self.hosting_key,
+        )
+
+    @override
+    def load_model_state_dict(self, checkpoint: Any, strict: bool = True) -> None:
+        self.check_ckpt_path()
+
+    @override
+    def check_ckpt_path(self) -> None:
+        raise UsageError(
+            "--ckpt_path does not work with the strategy moe_placement, whose experts are not all "
+            "in one model. Write the checkpoint as a Hugging Face directory first (python -m "
+            "moe_lightning export), and give that as --model.checkpoint."
+        )
+
+    # One process: nothing to exchange.
+
+    @override
+    def model_to_device(self) -> None:
+        """Weights went straight to their devices; an earlier run's teardown has moved home's."""
+        assert self.lightning_module is not None, "connect comes first"
+        self.lightning_module.to(self.root_device)
+
+    @property
+    @override
+    def is_global_zero(self) -> bool:
+        return True
+
+    @override
+    def reduce(self, tensor: Tensor | Any, *args: Any, **kwargs: Any) -> Tensor | Any:
+        return tensor
+
+    @override
+    def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
+        return tensor
+
+    @override
+    def barrier(self, name: str | None = None) -> None:
+        pass
+
+    @override
+    def broadcast(self, obj: T, src: int = 0) -> T:
+        return obj
