@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# Makes an environment with the peers of bench_experts.py: vLLM for CPUs and ONNX Runtime (2.6 GB).
-# Apart from ours, since vLLM wants other versions of many packages.
+# Makes an environment with the peers of bench_experts.py and bench_predict.py: vLLM for CPUs and
+# ONNX Runtime (2.6 GB). Apart from ours, since vLLM wants other versions of many packages.
 #   scripts/make_peer_environment.sh [DIR]        DIR is .peers unless it is given
 #   python scripts/bench_experts.py --peer_python .peers/bin/python
+#   python scripts/bench_predict.py --peer_python .peers/bin/python
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 directory=${1:-$root/.peers}

@@ -141,6 +141,15 @@ def test_predict_in_every_precision_of_the_trainer(
         assert (weight.untyped_storage().nbytes() == dtype.itemsize) == is_packed
 
 
+@pytest.mark.parametrize(
+    ("precision", "dtype"), [("64-true", "auto"), ("bf16-true", "float32"), ("16-true", "bfloat16")]
+)
+def test_a_precision_for_another_dtype_is_refused(precision, dtype, family_checkpoint, tmp_path):
+    module = MoELightningModule(str(family_checkpoint("qwen3_moe")), dtype=dtype)
+    with pytest.raises(UsageError, match=rf"precision {precision}.*dtype {dtype}"):
+        predict(quiet_trainer(tmp_path, precision=precision), module)
+
+
 # Then training, and predicting again.
 
 

@@ -116,7 +116,11 @@ class OneDnnWeights(PackedWeights):
 
     def unpack(self) -> Tensor:
         """The weights as they were, ``[E, Y, X]``, bitwise."""
-        return torch.stack([weight.to_dense() for weight in self.packed])
+        num_experts, first = len(self.packed), self.packed[0]
+        weight_EYX = torch.empty(num_experts, *first.shape, dtype=first.dtype)
+        for weight_YX, packed in zip(weight_EYX, self.packed, strict=True):
+            weight_YX.copy_(packed.to_dense())  # one at a time: all of them would be a second copy
+        return weight_EYX
 
 
 class HalfWeights(PackedWeights):

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from moe_lightning.errors import UsageError
 from moe_lightning.experts.backends import Backend, make_backend, plain_backend
+from moe_lightning.experts.freed_memory import give_back_freed_memory
 from moe_lightning.experts.packed import PackedExperts
 
 
@@ -47,6 +48,8 @@ class ExpertShard:
         if not self._is_for_inference:
             self._compute = make_backend(self.backend_name, self.experts)
             self._is_for_inference = True
+            if isinstance(self._compute, PackedExperts):
+                give_back_freed_memory()
 
     def unpack(self) -> None:
         """Give the module its weights back, for training and saving.
@@ -62,6 +65,7 @@ class ExpertShard:
                     "saved. Use a new module for that, or experts_backend=auto."
                 )
             self._compute.unpack()
+            give_back_freed_memory()
         self._compute = plain_backend(self.backend_name, self.experts)
         self._is_for_inference = False
 
@@ -69,6 +73,7 @@ class ExpertShard:
         """Give the module memory for other weights to be loaded into."""
         if isinstance(self._compute, PackedExperts):
             self._compute.make_room()
+            give_back_freed_memory()
             self._compute = plain_backend(self.backend_name, self.experts)
             self._is_for_inference = False
 

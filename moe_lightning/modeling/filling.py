@@ -12,7 +12,6 @@ Private names of transformers used here, as of 5.23: ``convert_and_load_state_di
 ``_finalize_model_loading``, ``_is_hf_initialized``.
 """
 
-import ctypes
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -31,6 +30,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils.loading_report import LoadStateDictInfo
 
 from moe_lightning.errors import CheckpointError
+from moe_lightning.experts.freed_memory import give_back_freed_memory
 from moe_lightning.modeling.expert_selection import Source
 from moe_lightning.modeling.quiet import quiet_transformers
 from moe_lightning.modeling.seam import MoELayer
@@ -120,7 +120,7 @@ class ModelFiller:
                         # Parameters that are new would be initialised at random by finalize().
                         for parameter in layer.experts.parameters():
                             parameter._is_hf_initialized = True  # type: ignore[attr-defined]
-                _trim_heap()
+                give_back_freed_memory()
 
     def finalize(self) -> None:
         """Tie weights, make buffers, and check that nothing is missing.
@@ -179,17 +179,6 @@ class ModelFiller:
         alternation, pattern_of, _ = build_glob_alternation(list(self._dtype_plan))
         match = alternation.search(name)
         return self._dtype_plan[pattern_of[match.lastgroup or ""]] if match else None
-
-
-def _trim_heap() -> None:
-    """Give freed memory back to the system.
-
-    glibc keeps freed tensors of up to 32 MiB in its heap, and does not always fit the next ones in:
-    eight layers of which nothing stays grow it by half of their size.
-    """
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "malloc_trim"):
-        libc.malloc_trim(0)
 
 
 def _by_layer(sources: Iterable[Source], layers: Iterable[MoELayer]) -> list[_Stage]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from moe_lightning.experts.freed_memory import give_back_freed_memory
 from moe_lightning.experts.packed_weights import OneDnnWeights, onednn_linear
 
 
@@ -45,6 +46,7 @@ def pack_dense(model: nn.Module) -> None:
             linear.packed = OneDnnWeights(weight[None])
             # One NaN seen as a whole tensor: whoever uses it by mistake will notice.
             linear.weight.data = torch.full((), math.nan, dtype=weight.dtype).expand(weight.shape)
+    give_back_freed_memory()
 
 
 @torch.inference_mode(False)
@@ -61,3 +63,4 @@ def unpack_dense(model: nn.Module) -> None:
             del module.packed
             plain: nn.Linear = module
             plain.__class__ = nn.Linear
+    give_back_freed_memory()

@@ -22,7 +22,7 @@ class MoEStrategy(Strategy):
     @property
     @abstractmethod
     def hosting_key(self) -> Hashable:
-        """What tells the strategy and its options from others, which would place experts elsewhere."""
+        """What tells the strategy and its options from others, which would place otherwise."""
 
     @abstractmethod
     def host(self, view: CheckpointView, options: HostingOptions) -> HostedModel:

@@ -38,7 +38,7 @@ def test_weights_of_its_own_are_not_lost_to_another_strategy(
     module = MoELightningModule(str(family_checkpoint("qwen3_moe")))
     predict(trainer_with("auto"), module, Score(), ["To be"])
     module.load_state_dict(module.state_dict())
-    with pytest.raises(UsageError, match="no longer the checkpoint's.*Export"):
+    with pytest.raises(UsageError, match=r"no longer the checkpoint's.*Export"):
         predict(placed_trainer(2), module, Score(), ["To be"])
 
 
