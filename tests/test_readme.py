@@ -5,6 +5,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+import torch
 
 from moe_lightning.cli.main import main
 
@@ -12,6 +13,7 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 # Commands that other tests run as they are, or that start the tests themselves.
 RUN_ELSEWHERE = ("scripts/demo.sh", "scripts/test.sh", "scripts/bench_predict.py")
+RECORDING = "--trainer.callbacks+=RoutingBalance"
 
 
 def code_blocks(language: str) -> list[str]:
@@ -40,6 +42,11 @@ def test_command(command, tmp_path, monkeypatch, family_checkpoint):
     assert words[:3] == ["python", "-m", "moe_lightning"], command
     checkpoint = str(family_checkpoint("mixtral"))
     options = [checkpoint if word == "DIR_OR_HUB_ID" else word for word in words[3:]]
+    if torch.cuda.device_count() < 2:
+        options = [re.sub(r"cuda:\d", "cpu", option) for option in options]
+    if "routing_balance.json" in command:
+        (recording,) = [other for other in commands() if RECORDING in other]
+        assert main(shlex.split(recording)[3:]) == 0
     if options[0] == "fit":  # the whole of it is in tests/demo
         options += ["--trainer.max_steps", "2", "--trainer.val_check_interval", "2"]
     assert main(options) == 0

@@ -197,6 +197,34 @@ def bytes_per_weight(name: str, dtype: torch.dtype, device_type: str) -> int:
     return dtype.itemsize if packed is None else packed
 
 
+def bytes_of_experts(name: str, experts: nn.Module, device_type: str) -> int:
+    """Bytes that a module's experts take in inference, with what their layout pads.
+
+    Args:
+        name: The backend.
+        experts: The family's experts module; it may be on meta.
+        device_type: ``cpu`` or ``cuda``.
+
+    Returns:
+        Bytes of all its experts.
+    """
+    kind = PACKED.get(name) if device_type == "cpu" else None
+    total = 0
+    for parameter_name, parameter in experts.named_parameters():
+        each = parameter.element_size()
+        num_weights = parameter.numel()
+        if kind is not None and parameter_name in projections(experts):
+            width = parameter.shape[1 if experts.is_transposed else 2]
+            num_weights = num_weights // width * _rounded_up(width, kind.inputs_padded_to)
+            each = bytes_per_weight(name, parameter.dtype, device_type)
+        total += num_weights * each
+    return total
+
+
+def _rounded_up(number: int, step: int) -> int:
+    return -(-number // step) * step
+
+
 def check_name(name: str) -> None:
     """Refuse what is no backend.
 

@@ -2,14 +2,16 @@
 
 import math
 from collections.abc import Callable
-from itertools import pairwise
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from moe_lightning.experts.packed_weights import PackedWeights, Piece
-from moe_lightning.experts.permute import sort_by_expert, weighted_combine
+from moe_lightning.experts.chunks import cut
+from moe_lightning.experts.packed_weights import PackedWeights, Piece, PreparedRows
+from moe_lightning.experts.permute import sort_by_expert
+
+CHUNK_NUMBERS = 2**21  # what is computed at a time: 8 MB, which stays in the caches
 
 
 def projections(experts: nn.Module) -> tuple[str, str]:
@@ -38,12 +40,16 @@ class PackedExperts:
         self.kind = kind
         self.weights: dict[str, PackedWeights] = {}
         self.num_experts = cast(int, experts.num_experts)
+        self._up, self._down = projections(experts)
+        widest = 1
         for name in projections(experts):
             parameter = cast(nn.Parameter, getattr(experts, name))
             weight = parameter.detach()
+            widest = max(widest, *weight.shape[1:])
             self.weights[name] = kind(weight.transpose(1, 2) if experts.is_transposed else weight)
             # One NaN seen as a whole tensor: whoever uses it by mistake will notice.
             parameter.data = torch.full((), math.nan, dtype=weight.dtype).expand(weight.shape)
+        self._limit_rows = max(1, CHUNK_NUMBERS // widest)
 
     def __call__(self, rows_RD: Tensor, index_RK: Tensor, weights_RK: Tensor) -> Tensor:
         """Weighted sum of the experts for each row; see :data:`moe_lightning.experts.Backend`."""
@@ -51,28 +57,31 @@ class PackedExperts:
             "packed weights have no gradients; training uses grouped_mm"
         )
         rows = sort_by_expert(index_RK, self.num_experts)
+        out_RD = torch.zeros(rows_RD.shape, dtype=torch.float32)
         if rows.order_N.numel() == 0:
-            return torch.zeros_like(rows_RD)
-        ends = [0, *rows.ends_E.tolist()]
-        pieces = [Piece(e, b - a) for e, (a, b) in enumerate(pairwise(ends)) if b > a]
-        up, down = projections(self.experts)
-        source_N = rows.order_N // index_RK.shape[1]
-        rows_NF = self._linear(up, rows_RD, source_N, rows.expert_N, pieces)
-        rows_NF = activation(self.experts)(rows_NF)
-        rows_ND = self._linear(down, rows_NF, None, rows.expert_N, pieces)
+            return out_RD.to(rows_RD.dtype)
+        row_N = rows.order_N // index_RK.shape[1]
+        weights_N1 = weights_RK.reshape(-1)[rows.order_N, None].float()
+        prepared = self.weights[self._up].prepare(rows_RD)
+        for chunk in cut(rows.ends_E.tolist(), limit_rows=self._limit_rows):
+            part = slice(chunk.start, chunk.end)
+            part_ND = self._compute(prepared.picked(row_N[part]), rows.expert_N[part], chunk.pieces)
+            # In the order of the experts, whatever the chunks.
+            out_RD.index_add_(0, row_N[part], part_ND.float().mul_(weights_N1[part]))
+        return out_RD.to(rows_RD.dtype)
+
+    def _compute(self, rows: PreparedRows, expert_N: Tensor, pieces: list[Piece]) -> Tensor:
+        rows_NF = activation(self.experts)(self._linear(self._up, rows, expert_N, pieces))
+        down = self.weights[self._down].prepare(rows_NF)
+        rows_ND = self._linear(self._down, down, expert_N, pieces)
         if self.experts.has_post_expert_norm:
             rows_ND = cast(nn.Module, self.experts.post_expert_norm)(rows_ND)
-        return weighted_combine(rows_ND, weights_RK, rows).to(rows_RD.dtype)
+        return rows_ND
 
     def _linear(
-        self,
-        name: str,
-        rows: Tensor,
-        source_N: Tensor | None,
-        expert_N: Tensor,
-        pieces: list[Piece],
+        self, name: str, rows: PreparedRows, expert_N: Tensor, pieces: list[Piece]
     ) -> Tensor:
-        out_NY = self.weights[name].linear(rows, source_N, pieces)
+        out_NY = self.weights[name].linear(rows, pieces)
         if self.experts.has_bias:
             out_NY = out_NY.add_(cast(Tensor, getattr(self.experts, f"{name}_bias"))[expert_N])
         return out_NY

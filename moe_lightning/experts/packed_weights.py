@@ -36,6 +36,23 @@ class Piece(NamedTuple):
     num_rows: int
 
 
+class PreparedRows(NamedTuple):
+    """Rows in the form that a kind of weights multiplies.
+
+    Attributes:
+        values_RX: The rows.
+        scale_R1: What each product of a row is multiplied by afterwards; None stands for 1.
+    """
+
+    values_RX: Tensor
+    scale_R1: Tensor | None
+
+    def picked(self, source_N: Tensor) -> "PreparedRows":
+        """Some of the rows, in that order."""
+        scale_R1 = None if self.scale_R1 is None else self.scale_R1[source_N]
+        return PreparedRows(self.values_RX[source_N], scale_R1)
+
+
 class PackedWeights(ABC):
     """One projection of several experts.
 
@@ -45,6 +62,7 @@ class PackedWeights(ABC):
 
     dtypes: ClassVar[tuple[torch.dtype, ...]] = (torch.float32, torch.bfloat16, torch.float16)
     num_bytes: ClassVar[int | None] = None  # of one weight; None if it keeps its dtype
+    inputs_padded_to: ClassVar[int] = 1  # the layout fills up the input width with zeros
     is_exact: ClassVar[bool] = False
 
     def __init__(self, weight_EYX: Tensor) -> None:
@@ -67,17 +85,30 @@ class PackedWeights(ABC):
         """One expert's weight in the packed layout."""
 
     @abstractmethod
-    def linear(self, rows_RX: Tensor, source_N: Tensor | None, pieces: Sequence[Piece]) -> Tensor:
+    def prepare(self, rows_RX: Tensor) -> PreparedRows:
+        """Bring rows into the form that these weights multiply."""
+
+    @abstractmethod
+    def _multiply(self, values_NX: Tensor, expert: int) -> Tensor:
+        """Multiply rows by one expert's weight."""
+
+    def linear(self, rows: PreparedRows, pieces: Sequence[Piece]) -> Tensor:
         """Multiply rows by their expert's weight.
 
         Args:
-            rows_RX: Rows.
-            source_N: Which row each sorted row is; None if the rows are sorted themselves.
-            pieces: The experts of the sorted rows, in order.
+            rows: Prepared rows, sorted by expert.
+            pieces: The experts of the rows, in order.
 
         Returns:
-            ``[N, Y]``.
+            ``[N, Y]``, memory of its own.
         """
+        parts = torch.split(rows.values_RX, [piece.num_rows for piece in pieces])
+        products = [
+            self._multiply(values_NX, piece.expert)
+            for values_NX, piece in zip(parts, pieces, strict=True)
+        ]
+        out_NY = products[0] if len(products) == 1 else torch.cat(products)
+        return out_NY if rows.scale_R1 is None else out_NY.mul_(rows.scale_R1)
 
     def unpack(self) -> Tensor:
         """The weights as they were, ``[E, Y, X]``, bitwise.
@@ -107,12 +138,12 @@ class OneDnnWeights(PackedWeights):
         # contiguous: oneDNN is about 100 times slower on padded strides.
         return torch.ops.mkldnn._reorder_linear_weight(weight_YX.contiguous(), ROWS_HINT)
 
-    def linear(self, rows_RX: Tensor, source_N: Tensor | None, pieces: Sequence[Piece]) -> Tensor:
-        """Multiply rows by their expert's weight."""
-        rows_NX = rows_RX if source_N is None else rows_RX[source_N]
-        # Under autocast, rows may come in another dtype than the weights.
-        rows_NX = rows_NX.to(self.packed[0].dtype)
-        return _joined(rows_NX, pieces, lambda rows, e: onednn_linear(rows, self.packed[e], None))
+    def prepare(self, rows_RX: Tensor) -> PreparedRows:
+        """Under autocast, rows may come in another dtype than the weights."""
+        return PreparedRows(rows_RX.to(self.packed[0].dtype), None)
+
+    def _multiply(self, values_NX: Tensor, expert: int) -> Tensor:
+        return onednn_linear(values_NX, self.packed[expert], None)
 
     def unpack(self) -> Tensor:
         """The weights as they were, ``[E, Y, X]``, bitwise."""
@@ -127,6 +158,7 @@ class HalfWeights(PackedWeights):
     """float16 weights, float32 rows and sums."""
 
     num_bytes = 2
+    inputs_padded_to = 512
 
     @classmethod
     def why_not(cls, weight: Tensor) -> str | None:
@@ -145,11 +177,13 @@ class HalfWeights(PackedWeights):
     def _pack(weight_YX: Tensor) -> Any:
         return torch.ops.quantized.linear_prepack_fp16(weight_YX.float().contiguous(), None)
 
-    def linear(self, rows_RX: Tensor, source_N: Tensor | None, pieces: Sequence[Piece]) -> Tensor:
-        """Multiply rows by their expert's weight."""
-        rows_NX = (rows_RX if source_N is None else rows_RX[source_N]).float()
-        multiply = torch.ops.quantized.linear_dynamic_fp16
-        return _joined(rows_NX, pieces, lambda rows, e: multiply(rows, self.packed[e]))
+    def prepare(self, rows_RX: Tensor) -> PreparedRows:
+        """The rows stay in float32."""
+        return PreparedRows(rows_RX.float(), None)
+
+    def _multiply(self, values_NX: Tensor, expert: int) -> Tensor:
+        product = torch.ops.quantized.linear_dynamic_fp16(values_NX, self.packed[expert])
+        return cast(Tensor, product)
 
 
 class Int8Weights(PackedWeights):
@@ -168,23 +202,19 @@ class Int8Weights(PackedWeights):
         whole_YX = (weight_YX / scale_Y[:, None]).round_().to(torch.int8)
         return torch.ops.onednn.qlinear_prepack(whole_YX, [ROWS_HINT, weight_YX.shape[1]]), scale_Y
 
-    def linear(self, rows_RX: Tensor, source_N: Tensor | None, pieces: Sequence[Piece]) -> Tensor:
-        """Multiply rows by their expert's weight."""
+    def prepare(self, rows_RX: Tensor) -> PreparedRows:
+        """uint8 around 128, which VNNI multiplies by int8 directly."""
         rows_RX = rows_RX.float()
         scale_R1 = rows_RX.abs().amax(dim=1, keepdim=True).div_(127)
         scale_R1.clamp_(min=torch.finfo(torch.float32).tiny)
-        # uint8 around 128, which VNNI multiplies by int8 directly.
-        whole_RX = (rows_RX / scale_R1).add_(128.5).to(torch.uint8)
-        if source_N is not None:
-            whole_RX, scale_R1 = whole_RX[source_N], scale_R1[source_N]
-        return _joined(whole_RX, pieces, self._multiply).mul_(scale_R1)
+        return PreparedRows((rows_RX / scale_R1).add_(128.5).to(torch.uint8), scale_R1)
 
-    def _multiply(self, whole_RX: Tensor, expert: int) -> Tensor:
+    def _multiply(self, values_NX: Tensor, expert: int) -> Tensor:
         weight, scale_Y = self.packed[expert]
         return cast(
             Tensor,
             torch.ops.onednn.qlinear_pointwise(
-                *(whole_RX, 1.0, 128, weight, scale_Y, self.zero_Y, None),
+                *(values_NX, 1.0, 128, weight, scale_Y, self.zero_Y, None),
                 *(1.0, 0, torch.float32, "none", [], ""),
             ),
         )
@@ -203,10 +233,3 @@ def onednn_linear(rows: Tensor, weight: Tensor, bias_Y: Tensor | None) -> Tensor
     """
     product = torch.ops.mkldnn._linear_pointwise(rows, weight, bias_Y, "none", [], "")
     return cast(Tensor, product)
-
-
-def _joined(rows_NX: Tensor, pieces: Sequence[Piece], multiply: Any) -> Tensor:
-    parts = torch.split(rows_NX, [piece.num_rows for piece in pieces])
-    return torch.cat(
-        [multiply(rows, piece.expert) for rows, piece in zip(parts, pieces, strict=True)]
-    )

@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from moe_lightning.errors import UsageError
-from moe_lightning.experts.backends import bytes_per_weight
+from moe_lightning.experts.backends import bytes_of_experts
 from moe_lightning.modeling.seam import MoELayer, find_moe_layers
 from moe_lightning.placement import (
     Capacity,
@@ -136,7 +136,6 @@ def choose_placement(
 
 def _expert_bytes(layer: MoELayer, devices: Sequence[torch.device], experts_backend: str) -> int:
     """Bytes of one expert, on the kind of device where it takes most."""
-    num_weights = sum(p.numel() for p in layer.experts.parameters()) / layer.num_experts
-    dtype = next(layer.experts.parameters()).dtype
     kinds = {device.type for device in devices}
-    return int(num_weights * max(bytes_per_weight(experts_backend, dtype, kind) for kind in kinds))
+    most = max(bytes_of_experts(experts_backend, layer.experts, kind) for kind in kinds)
+    return most // layer.num_experts

@@ -8,7 +8,7 @@ from made_up_experts import TOLERANCE, E, computed, make_experts, own, relative_
 
 from moe_lightning.errors import UsageError
 from moe_lightning.experts import backends, make_backend
-from moe_lightning.experts.backends import bytes_per_weight, plain_backend
+from moe_lightning.experts.backends import bytes_of_experts, bytes_per_weight, plain_backend
 from moe_lightning.experts.packed import PackedExperts
 from moe_lightning.experts.packed_weights import HalfWeights, Int8Weights, OneDnnWeights
 
@@ -79,6 +79,26 @@ def test_weights_that_float16_cannot_hold_are_not_clamped(value, warnings):
     torch.testing.assert_close(got_RD, want_RD, equal_nan=True, **TOLERANCE)
     (line,) = warnings.messages
     assert "beyond float16's range" in line
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_bytes_of_experts_count_what_a_layout_pads(transposed):
+    # Up takes 16 inputs and gives 48 numbers, down takes 24 and gives 16; biases of 48 and 16.
+    experts = make_experts(gate=True, bias=True, transposed=transposed)
+    biases = E * (48 + 16) * 4
+    weights = E * (48 * 16 + 16 * 24)
+    padded = E * (48 * 512 + 16 * 512)
+    got = {
+        name: bytes_of_experts(name, experts, "cpu")
+        for name in ("auto", "cpu_packed", "cpu_half", "cpu_int8")
+    }
+    assert got == {
+        "auto": 4 * weights + biases,
+        "cpu_packed": 4 * weights + biases,
+        "cpu_half": 2 * padded + biases,
+        "cpu_int8": weights + biases,
+    }
+    assert bytes_of_experts("cpu_half", experts, "cuda") == 4 * weights + biases
 
 
 def test_bytes_per_weight():

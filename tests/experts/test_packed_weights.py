@@ -20,6 +20,10 @@ def random(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
+def multiplied(weights, rows_NX, pieces):
+    return weights.linear(weights.prepare(rows_NX), pieces)
+
+
 def pieces_of(*num_rows):
     return [Piece(expert, number) for expert, number in enumerate(num_rows) if number]
 
@@ -61,7 +65,7 @@ def test_products_of_every_shape(kind, shape):
         [rows @ weight.t() for rows, weight in zip(rows_NX.split(counts), weight_EYX, strict=True)]
     )
     for weight in (weight_EYX, weight_EYX.transpose(1, 2).contiguous().transpose(1, 2)):
-        got_NY = kind(weight.clone()).linear(rows_NX, None, pieces_of(*counts))
+        got_NY = multiplied(kind(weight.clone()), rows_NX, pieces_of(*counts))
         if kind is OneDnnWeights:
             torch.testing.assert_close(got_NY, want_NY, atol=1e-4, rtol=1e-5)
         else:
@@ -74,8 +78,8 @@ def test_rows_are_gathered_and_experts_without_rows_skipped(kind):
     packed = kind(weight_EYX.clone())
     source_N = torch.tensor([2, 0, 2, 1])
     pieces = [Piece(1, 3), Piece(3, 1)]
-    gathered_NY = packed.linear(rows_RX, source_N, pieces)
-    assert torch.equal(gathered_NY, packed.linear(rows_RX[source_N], None, pieces))
+    gathered_NY = packed.linear(packed.prepare(rows_RX).picked(source_N), pieces)
+    assert torch.equal(gathered_NY, multiplied(packed, rows_RX[source_N], pieces))
     want_NY = torch.cat([rows_RX[[2, 0, 2]] @ weight_EYX[1].t(), rows_RX[[1]] @ weight_EYX[3].t()])
     assert relative_error(gathered_NY, want_NY) < LOSSY.get(kind, 1e-6)
 
@@ -86,7 +90,7 @@ def test_int8_takes_its_scales_by_row_and_by_channel():
     row_sizes_R1 = 10.0 ** torch.arange(-3, 3)[:, None]
     channel_sizes_Y = 10.0 ** (torch.arange(24) % 7 - 3)
     packed = Int8Weights(weight_EYX * channel_sizes_Y[:, None])
-    got_RY = packed.linear(rows_RX * row_sizes_R1, None, [Piece(0, 6)])
+    got_RY = multiplied(packed, rows_RX * row_sizes_R1, [Piece(0, 6)])
     got_RY = got_RY / row_sizes_R1 / channel_sizes_Y
     want_RY = rows_RX @ weight_EYX[0].t()
     for r in range(6):
@@ -99,7 +103,7 @@ def test_int8_by_hand():
     # Channel scales 2 and 1, row scale 1: all of it is whole numbers.
     weight_EYX = torch.tensor([[[254.0, -2.0], [3.0, -127.0]]])
     rows_RX = torch.tensor([[127.0, -5.0], [0.0, 0.0]])
-    got_RY = Int8Weights(weight_EYX).linear(rows_RX, None, [Piece(0, 2)])
+    got_RY = multiplied(Int8Weights(weight_EYX), rows_RX, [Piece(0, 2)])
     want = [[127 * 254 + 5 * 2, 127 * 3 + 5 * 127], [0, 0]]
     torch.testing.assert_close(got_RY, torch.tensor(want).float(), atol=0.0, rtol=1e-6)
 

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -215,19 +216,38 @@ def test_peak_memory_of_loading_is_bounded(size, slack):
     copy of the weights would be beyond the bound; in the larger one, read buffers that were freed
     but not given back are, and at 2 GB those alone break the bound of 200 MB.
     """
-    command = [sys.executable, str(SCRIPTS / "bench_load.py")]
-    options = ["--size", size, "--slack", slack, "--only", "moe_lightning", "--json"]
-    environment = os.environ | {"PYTHONPATH": str(Path(moe_lightning.__file__).parents[1])}
-    done = subprocess.run(
-        [*command, *options], capture_output=True, text=True, timeout=120, env=environment
-    )
-    assert done.stdout, done.stderr
-    (result,) = json.loads(done.stdout)["loads"]
+    result = bench_load("--size", size, "--slack", slack, "--only", "moe_lightning")
     assert math.isclose(result["weight_bytes"], float(size[:-2]) * 1e6, rel_tol=0.1)
     assert result["peak_bytes"] >= result["weight_bytes"]
     assert result["peak_bytes"] <= result["bound_bytes"]
+
+
+@pytest.mark.parametrize(
+    ("loader", "bytes_per_weight"), [("cpu_half", 2), ("cpu_int8", 1), ("three_slots", 4)]
+)
+def test_packing_while_loading_holds_one_layer_and_no_second_copy(loader, bytes_per_weight):
+    result = bench_load("--size", "400MB", "--slack", "120MB", "--only", loader)
+    num_experts_weights = (4e8 - result["dense_bytes"]) / 4
+    assert result["packed_bytes"] == pytest.approx(
+        bytes_per_weight * num_experts_weights, rel=0.35 if loader == "cpu_half" else 0.1
+    )
+    # 75 MB: what loading imports, and the tables of the libraries.
+    limit_bytes = 1.02 * result["packed_bytes"] + result["dense_bytes"] + 75e6
+    assert result["after_bytes"] <= min(limit_bytes, result["after_bound_bytes"])
+    assert result["peak_bytes"] <= result["bound_bytes"]
+    if loader == "cpu_int8":
+        assert result["peak_bytes"] < 3e8, "less than the weights that were read"
+
+
+def bench_load(*options: str) -> dict[str, Any]:
+    command = [sys.executable, str(SCRIPTS / "bench_load.py"), *options, "--json"]
+    environment = os.environ | {"PYTHONPATH": str(Path(moe_lightning.__file__).parents[1])}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+    assert done.stdout, done.stderr
+    (result,) = json.loads(done.stdout)["loads"]
     assert result["is_within_bound"]
     assert done.returncode == 0
+    return result
 
 
 def test_rotary_buffers_of_old_checkpoints_are_ignored_as_transformers_does(
