@@ -13,12 +13,17 @@ Operators, as of torch 2.13: ``torch.ops.mkldnn`` (what Inductor's freezing uses
 ``torch.ops.quantized`` and ``torch.ops.onednn``. None has a gradient.
 """
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 from torch import Tensor
+
+# oneDNN compiles a product for each number of rows (about 0.4 ms) and keeps the last 1024 of them;
+# long runs have more. It reads this at its first product.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "8192")
 
 ROWS_HINT = 16  # the layout that oneDNN picks for so many rows serves all numbers of rows
 LARGEST_HALF = torch.finfo(torch.float16).max
