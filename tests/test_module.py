@@ -1,8 +1,8 @@
 """MoELightningModule in a plain Lightning pipeline."""
 
-import lightning as L
 import pytest
 import torch
+from quiet_trainer import quiet_trainer
 from torch.utils.data import DataLoader
 
 from moe_lightning import MoELightningModule
@@ -11,19 +11,6 @@ from moe_lightning.modeling.seam import dispatcher_of, find_moe_layers
 from moe_lightning.tasks import Embed, Generate, Score
 
 PROMPTS = ["To be, or", "Once upon a time", "x", "It was the best of times, it was"]
-
-
-def quiet_trainer(tmp_path, **settings):
-    return L.Trainer(
-        accelerator="cpu",
-        devices=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=tmp_path,
-        **settings,
-    )
 
 
 def flat(predictions):

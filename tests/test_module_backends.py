@@ -3,6 +3,7 @@
 import lightning as L
 import pytest
 import torch
+from quiet_trainer import quiet_trainer
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 
@@ -23,19 +24,6 @@ TOLERANCES = dict.fromkeys(EXACT, 1e-4) | {"cpu_half": 5e-3, "cpu_int8": 0.7}
 @pytest.fixture
 def trainer(tmp_path):
     return quiet_trainer(tmp_path)
-
-
-def quiet_trainer(tmp_path, **settings):
-    return L.Trainer(
-        accelerator="cpu",
-        devices=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=tmp_path,
-        **settings,
-    )
 
 
 def predict(trainer, module, task=None, **options):

@@ -152,7 +152,6 @@ class PlacementStrategy(MoEStrategy, ParallelStrategy):
         self.placement = placement
         shards: dict[int, dict[int, ExpertShard]] = {}
         ids_of = [placement.experts_by_layer(slot) for slot in range(placement.num_slots)]
-        load = partial(load_experts, view, dtype=options.dtype)
 
         def on_layer(layer: MoELayer, slot: int) -> None:
             ids = ids_of[slot][layer.layer]
@@ -168,7 +167,13 @@ class PlacementStrategy(MoEStrategy, ParallelStrategy):
             on_layer=partial(on_layer, slot=0),
         )
         for slot in range(1, len(ids_of)):
-            load(device=devices[slot], experts=ids_of[slot], on_layer=partial(on_layer, slot=slot))
+            load_experts(
+                view,
+                device=devices[slot],
+                dtype=options.dtype,
+                experts=ids_of[slot],
+                on_layer=partial(on_layer, slot=slot),
+            )
         slots = make_slots(devices, num_threads=self._threads_per_slot())
         interleaver = None
         # Only the host waits for the CPU; GPUs wait for each other by themselves.
@@ -186,12 +191,11 @@ class PlacementStrategy(MoEStrategy, ParallelStrategy):
             ),
         )
         every = [shard for of_layer in shards.values() for shard in of_layer.values()]
-        is_whole = len(ids_of) == 1
         return HostedModel(
             model,
             padding,
             every,
-            is_whole=is_whole,
+            is_whole=len(ids_of) == 1,
             interleaver=interleaver,
             placement=placement,
             hosted_by=self.hosting_key,

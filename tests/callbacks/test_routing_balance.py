@@ -6,6 +6,7 @@ from collections import Counter
 import lightning as L
 import pytest
 import torch
+from quiet_trainer import quiet_trainer
 from torch.utils.data import DataLoader
 
 from moe_lightning import MoELightningModule, PlacementStrategy, RoutingBalance, Score
@@ -17,16 +18,7 @@ PROMPTS = [f"{'ab c ' * n}{n}" for n in range(1, 7)]
 
 def predict(checkpoint, output_dir, *, strategy="auto", callbacks=()):
     module = MoELightningModule(str(checkpoint), task=Score())
-    trainer = L.Trainer(
-        accelerator="cpu",
-        devices=1,
-        strategy=strategy,
-        callbacks=list(callbacks),
-        default_root_dir=output_dir,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-    )
+    trainer = quiet_trainer(output_dir, strategy=strategy, callbacks=list(callbacks))
     batches = trainer.predict(module, DataLoader(PROMPTS, batch_size=6))
     return module, [row["logprob"] for row in batches[0]]
 
@@ -90,14 +82,7 @@ def test_it_stops_counting_when_a_run_fails(family_checkpoint, tmp_path):
             raise RuntimeError("on purpose")
 
     module = MoELightningModule(str(family_checkpoint("qwen3_moe")), task=Score())
-    trainer = L.Trainer(
-        accelerator="cpu",
-        devices=1,
-        callbacks=[RoutingBalance(str(tmp_path)), Failing()],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-    )
+    trainer = quiet_trainer(tmp_path, callbacks=[RoutingBalance(str(tmp_path)), Failing()])
     with pytest.raises(RuntimeError, match="on purpose"):
         trainer.predict(module, DataLoader(PROMPTS))
     assert not module.routing_log.is_read

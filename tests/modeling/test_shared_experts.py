@@ -1,8 +1,8 @@
 """Shared experts are computed while rows are away, and the answer stays the family's."""
 
-import lightning as L
 import pytest
 import torch
+from quiet_trainer import quiet_trainer
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -73,7 +73,7 @@ def test_an_answer_for_other_rows_is_not_used():
     ("family", "overlaps"), [("deepseek_v3", True), ("glm4_moe", True), ("qwen2_moe", False)]
 )
 def test_families_overlap_and_answer_as_transformers(
-    family, overlaps, family_checkpoint, plain_transformers, monkeypatch
+    family, overlaps, family_checkpoint, plain_transformers, monkeypatch, tmp_path
 ):
     used = []
     call = PlacedDispatcher.__call__
@@ -85,14 +85,7 @@ def test_families_overlap_and_answer_as_transformers(
     monkeypatch.setattr(PlacedDispatcher, "__call__", spy)
     checkpoint = family_checkpoint(family)
     module = MoELightningModule(str(checkpoint), task=Embed())
-    trainer = L.Trainer(
-        accelerator="cpu",
-        devices=1,
-        strategy=PlacementStrategy(["cpu", "cpu"]),
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-    )
+    trainer = quiet_trainer(tmp_path, strategy=PlacementStrategy(["cpu", "cpu"]))
     batches = trainer.predict(module, DataLoader(PROMPTS, batch_size=1))
     assert find_shared_experts(find_moe_layers(module.model)[0].block) is not None
     num_layers = len(find_moe_layers(module.model))

@@ -2,9 +2,9 @@
 
 import json
 
-import lightning as L
 import pytest
 import torch
+from quiet_trainer import quiet_trainer
 from torch.utils.data import DataLoader
 
 from moe_lightning import MoELightningModule
@@ -31,16 +31,7 @@ def trainer_with(tmp_path):
     """A quiet trainer on the CPU: ``trainer_with(strategy, **settings)``."""
 
     def trainer_with(strategy, **settings):
-        return L.Trainer(
-            strategy=strategy,
-            accelerator="cpu",
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            default_root_dir=tmp_path,
-            **({"devices": 1} | settings),
-        )
+        return quiet_trainer(tmp_path, strategy=strategy, **settings)
 
     return trainer_with
 
