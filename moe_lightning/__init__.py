@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from moe_lightning.module import MoELightningModule as MoELightningModule
     from moe_lightning.placement import ExpertPlacement as ExpertPlacement
     from moe_lightning.strategies import PlacementStrategy as PlacementStrategy
+    from moe_lightning.strategies import RPCStrategy as RPCStrategy
     from moe_lightning.tasks import Embed as Embed
     from moe_lightning.tasks import Generate as Generate
     from moe_lightning.tasks import Score as Score
@@ -37,6 +38,7 @@ _HOMES = {
     "Throughput": "moe_lightning.callbacks",
     "ExpertPlacement": "moe_lightning.placement",
     "PlacementStrategy": "moe_lightning.strategies",
+    "RPCStrategy": "moe_lightning.strategies",
 }
 __all__ = ["__version__", *_HOMES]
 

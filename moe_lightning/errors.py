@@ -20,3 +20,9 @@ class CheckpointError(MoELightningError):
     """A checkpoint or model that cannot be used; nothing was started."""
 
     exit_code = 4
+
+
+class WorkersLostError(MoELightningError):
+    """Workers or ranks are gone and nobody can do their work; the same command starts again."""
+
+    exit_code = 6

@@ -21,7 +21,7 @@ from moe_lightning.modeling.runner import ModelRunner
 from moe_lightning.modeling.seam import dispatcher_of, find_moe_layers
 from moe_lightning.modeling.tokenizer import load_tokenizer
 from moe_lightning.strategies import HostingOptions, PlacementStrategy, host_on_one_device
-from moe_lightning.strategies.devices import parse_devices
+from moe_lightning.devices import parse_devices
 
 LOCAL, ONE_SLOT = "local", "1 slot"
 

@@ -14,6 +14,7 @@ from typing_extensions import override
 
 import moe_lightning
 from moe_lightning.files import write_atomically
+from moe_lightning.strategies import MoEStrategy
 
 PACKAGES = ("torch", "lightning", "transformers", "safetensors")
 
@@ -92,6 +93,7 @@ class Throughput(Callback):
             "strategy": type(trainer.strategy).__name__,
             "world_size": trainer.world_size,
             "devices": _devices(trainer),
+            **_strategy_report(trainer),
             "versions": {
                 "moe_lightning": moe_lightning.__version__,
                 "python": platform.python_version(),
@@ -128,6 +130,11 @@ def _devices(trainer: Trainer) -> list[str]:
         torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu()
         for device in devices
     ]
+
+
+def _strategy_report(trainer: Trainer) -> dict[str, Any]:
+    strategy = trainer.strategy
+    return strategy.report() if isinstance(strategy, MoEStrategy) else {}
 
 
 def _cpu() -> str:

@@ -1,7 +1,7 @@
 """From a command line to an exit code: picks the verb, and turns errors into messages.
 
 Exit codes: 0 all rows done, 2 bad command line or config, 3 done with some rows in errors.jsonl, 4
-bad checkpoint or model, 5 interrupted, 1 anything else.
+bad checkpoint or model, 5 interrupted, 6 workers or ranks lost, 1 anything else.
 """
 
 import logging
@@ -22,6 +22,7 @@ VERBS = {
     "fit": "Fine-tune a checkpoint.",
     "validate": "Held-out loss of a checkpoint.",
     "export": "Write a training checkpoint as a Hugging Face directory.",
+    "worker": "Serve experts to a master that predicts with --trainer.strategy moe_rpc.",
 }
 USAGE = f"""usage: python -m moe_lightning VERB [--config NAME.yaml] [--dotted.option value]
 

@@ -5,6 +5,7 @@ from moe_lightning.dispatch.dispatcher import Dispatcher
 from moe_lightning.dispatch.interleave import Interleaver
 from moe_lightning.dispatch.local import LocalDispatcher
 from moe_lightning.dispatch.placed import PlacedDispatcher
+from moe_lightning.dispatch.remote import RemoteDispatcher, RemoteExperts
 from moe_lightning.dispatch.slots import Slot, make_slots
 
 __all__ = [
@@ -13,6 +14,8 @@ __all__ = [
     "LayerTrace",
     "LocalDispatcher",
     "PlacedDispatcher",
+    "RemoteDispatcher",
+    "RemoteExperts",
     "RoutingLog",
     "Slot",
     "Span",

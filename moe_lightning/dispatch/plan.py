@@ -3,11 +3,12 @@
     index_TK ── which slot computes a pair? ──▶ slot_TK ──▶ a slot's tokens, local experts, weights
 
 A row goes to a slot once, however many of its experts are there. A share names experts that are not
-on its slot by the number of experts that are: "elsewhere".
+on its slot by a number beyond all that are: "elsewhere".
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from torch import Tensor
 SELECT_TOKENS = 256
 """From so many tokens on, rows on a GPU are picked for each slot. Fewer all go to every slot: with
 several experts a token nearly all have to, and picking costs a synchronisation. Not measured."""
+NOWHERE = -1
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +26,7 @@ class Share:
     Attributes:
         slot: The slot.
         token_R: The tokens whose rows it takes, ascending; None if it takes all.
-        index_RK: Local experts of its rows.
+        index_RK: Experts of its rows, numbered as the routes were asked to.
         weights_RK: Router weights of its rows.
     """
 
@@ -45,6 +47,9 @@ class LayerRoutes:
         select_tokens: From so many tokens on, rows are picked for each slot; fewer go to every
             slot. The default is 0 on a CPU, where picking is cheap, and :data:`SELECT_TOKENS`
             elsewhere.
+        numbering: How shares name experts: ``local``, by their place in the slot's shard, or
+            ``logical``, as the checkpoint does. "Elsewhere" is the number of experts on the slot,
+            or of the layer.
     """
 
     def __init__(
@@ -54,38 +59,48 @@ class LayerRoutes:
         *,
         device: torch.device,
         select_tokens: int | None = None,
+        numbering: Literal["local", "logical"] = "local",
     ) -> None:
         if select_tokens is None:
             select_tokens = 0 if device.type == "cpu" else SELECT_TOKENS
         self._select_tokens = select_tokens
         slots_of: list[list[int]] = [[] for _ in range(num_experts)]
-        self._local_E: dict[int, Tensor] = {}
+        self._names_E: dict[int, Tensor] = {}
+        self._elsewhere: dict[int, int] = {}
         for slot, experts in sorted(experts_of_slot.items()):
-            local_E = torch.full((num_experts,), len(experts))
-            local_E[list(experts)] = torch.arange(len(experts))
-            self._local_E[slot] = local_E.to(device)
+            is_local = numbering == "local"
+            elsewhere = len(experts) if is_local else num_experts
+            # One more than there are experts: a pair that is to be computed nowhere.
+            names_E = torch.full((num_experts + 1,), elsewhere)
+            names_E[list(experts)] = (
+                torch.arange(len(experts)) if is_local else torch.tensor(experts)
+            )
+            self._names_E[slot] = names_E.to(device)
+            self._elsewhere[slot] = elsewhere
             for expert in experts:
                 slots_of[expert].append(slot)
         assert all(slots_of), "every expert must be on some slot"
-        self._num_local = {slot: len(experts) for slot, experts in experts_of_slot.items()}
         self._slots_of = slots_of
         self._replicated = [e for e, slots in enumerate(slots_of) if len(slots) > 1]
         # Experts without replicas sort behind all others.
         self._sort_key_E = torch.tensor(
-            [e if len(slots) > 1 else num_experts for e, slots in enumerate(slots_of)],
+            [e if len(slots) > 1 else num_experts for e, slots in enumerate(slots_of)]
+            + [num_experts],
             device=device,
         )
-        self._num_replicas_E = torch.tensor([len(slots) for slots in slots_of], device=device)
+        self._num_replicas_E = torch.tensor([*map(len, slots_of), 1], device=device)
         most = max(len(slots) for slots in slots_of)
         self._slot_EX = torch.tensor(
-            [slots + slots[:1] * (most - len(slots)) for slots in slots_of], device=device
+            [slots + slots[:1] * (most - len(slots)) for slots in slots_of] + [[NOWHERE] * most],
+            device=device,
         )
 
     def shares(self, index_TK: Tensor, weights_TK: Tensor) -> list[Share]:
         """Split one pass of the layer.
 
         Args:
-            index_TK: Logical expert of each pair.
+            index_TK: Logical expert of each pair; the number of experts where a pair is to be
+                computed nowhere.
             weights_TK: Router weights.
 
         Returns:
@@ -95,14 +110,14 @@ class LayerRoutes:
         picks_rows = index_TK.shape[0] >= self._select_tokens
         slot_TK = self._balanced_slots(index_TK) if picks_rows else self._fixed_slots(index_TK)
         shares = []
-        for slot, local_E in self._local_E.items():
+        for slot, names_E in self._names_E.items():
             is_here_TK = slot_TK == slot
-            local_TK = local_E[index_TK].where(is_here_TK, self._num_local[slot])
+            names_TK = names_E[index_TK].where(is_here_TK, self._elsewhere[slot])
             token_R = is_here_TK.any(dim=1).nonzero().squeeze(1) if picks_rows else None
             if token_R is None or token_R.numel() == index_TK.shape[0]:
-                shares.append(Share(slot, None, local_TK, weights_TK))
+                shares.append(Share(slot, None, names_TK, weights_TK))
             elif token_R.numel() > 0:
-                shares.append(Share(slot, token_R, local_TK[token_R], weights_TK[token_R]))
+                shares.append(Share(slot, token_R, names_TK[token_R], weights_TK[token_R]))
         return shares
 
     def _fixed_slots(self, index_TK: Tensor) -> Tensor:
@@ -120,7 +135,7 @@ class LayerRoutes:
         flat_N = index_TK.reshape(-1)
         slot_N = slot_TK.reshape(-1)
         counts = torch.bincount(flat_N, minlength=len(self._slots_of)).tolist()
-        load = dict.fromkeys(self._num_local, 0)
+        load = dict.fromkeys(self._names_E, 0)
         for expert, slots in enumerate(self._slots_of):
             if len(slots) == 1:
                 load[slots[0]] += counts[expert]

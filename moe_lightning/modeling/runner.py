@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -47,7 +49,7 @@ class ModelRunner:
         tokenizer: Its tokenizer.
         padding: The model's padding mask, from ``seam.attach``.
         log: Where its dispatchers record their work; probes are kept out of it.
-        interleaver: Lets two halves of a batch take turns; None computes batches whole.
+        interleaver: Lets parts of a batch take turns; None computes batches whole.
     """
 
     def __init__(
@@ -62,7 +64,7 @@ class ModelRunner:
         self.tokenizer = tokenizer
         self.padding = padding
         self._log = log
-        self._interleaver = interleaver
+        self.interleaver = interleaver
         self._has_plain_head: bool | None = None
         self._takes_left_padding: bool | None = None
 
@@ -110,11 +112,13 @@ class ModelRunner:
 
     def _in_turns(self, batch: PaddedBatch, compute: Callable[[PaddedBatch], Tensor]) -> Tensor:
         num_rows, width = batch.input_ids_BS.shape
-        turns = self._interleaver
+        turns = self.interleaver
         if turns is None or num_rows < 2 or num_rows * width < turns.min_tokens:
             return compute(batch)
-        first, second = batch.rows(0, num_rows // 2), batch.rows(num_rows // 2, num_rows)
-        return torch.cat(turns.run(lambda: compute(first), lambda: compute(second)))
+        num_parts = min(turns.num_parts, num_rows)
+        ends = [num_rows * n // num_parts for n in range(num_parts + 1)]
+        parts = [batch.rows(start, end) for start, end in pairwise(ends)]
+        return torch.cat(turns.run([partial(compute, part) for part in parts]))
 
     def _forward(self, model: Any, batch: PaddedBatch) -> Any:
         with self.padding.over(batch.host_mask_BS):

@@ -31,6 +31,7 @@ class Capacity:
         free_bytes: Mapping[str, int],
         expert_bytes: Mapping[int, int],
         dense_bytes: int,
+        home: str,
         reserve_bytes: int = 0,
     ) -> "Capacity":
         """Return the capacity of slots on devices: slots of one device share what is free equally.
@@ -39,12 +40,14 @@ class Capacity:
             device_of_slot: The device of each slot.
             free_bytes: Free bytes of each device.
             expert_bytes: Bytes of one expert of each MoE layer.
-            dense_bytes: Bytes of the router and the dense layers, on the device of slot 0.
+            dense_bytes: Bytes of the router and the dense layers.
+            home: The device that holds these; it need not be one of the slots'.
             reserve_bytes: Bytes of each device to leave free, for activations and caches.
         """
         num_slots = Counter(device_of_slot)
         room = {device: float(free_bytes[device] - reserve_bytes) for device in num_slots}
-        room[device_of_slot[0]] -= dense_bytes
+        if home in room:
+            room[home] -= dense_bytes
         shares = (max(0.0, room[device]) / num_slots[device] for device in device_of_slot)
         return cls(tuple(shares), expert_bytes)
 
@@ -54,6 +57,7 @@ def needed_bytes(
     *,
     expert_bytes: Mapping[int, int],
     dense_bytes: int,
+    home: str,
     device_of_slot: Sequence[str],
 ) -> dict[str, int]:
     """Return the bytes of weights that each device holds under a placement.
@@ -61,15 +65,16 @@ def needed_bytes(
     Args:
         placement: The placement; it may know fewer slots than there are.
         expert_bytes: Bytes of one expert of each MoE layer.
-        dense_bytes: Bytes of the router and the dense layers, on the device of slot 0.
+        dense_bytes: Bytes of the router and the dense layers.
+        home: The device that holds these.
         device_of_slot: The device of each slot; several slots may share one.
 
     Returns:
-        The bytes of each device, in the order of the slots.
+        The bytes of each device: home, then in the order of the slots.
     """
     assert placement.num_slots <= len(device_of_slot), "ExpertPlacement.check comes first"
-    needed = dict.fromkeys(device_of_slot, 0)
-    needed[device_of_slot[0]] += dense_bytes
+    needed = dict.fromkeys((home, *device_of_slot), 0)
+    needed[home] += dense_bytes
     for layer, experts in placement.slots.items():
         for slots in experts:
             for slot in slots:
@@ -82,21 +87,25 @@ def check_memory(
     *,
     expert_bytes: Mapping[int, int],
     dense_bytes: int,
+    home: str,
     slot_names: Sequence[str],
     device_of_slot: Sequence[str],
     free_bytes: Mapping[str, int],
     reserve_bytes: int = 0,
+    more_room: str,
 ) -> dict[str, int]:
     """Check that every device has room for what a placement puts on it.
 
     Args:
         placement: The placement.
         expert_bytes: Bytes of one expert of each MoE layer.
-        dense_bytes: Bytes of the router and the dense layers, on the device of slot 0.
+        dense_bytes: Bytes of the router and the dense layers.
+        home: The device that holds these.
         slot_names: How the user calls each slot.
         device_of_slot: The device of each slot; several slots may share one.
         free_bytes: Free bytes of each device.
         reserve_bytes: Bytes of each device to leave free, for activations and caches.
+        more_room: What a user can do about too little room.
 
     Returns:
         The bytes of weights that each device is going to hold.
@@ -108,6 +117,7 @@ def check_memory(
         placement,
         expert_bytes=expert_bytes,
         dense_bytes=dense_bytes,
+        home=home,
         device_of_slot=device_of_slot,
     )
     room = {device: free_bytes[device] - reserve_bytes for device in needed}
@@ -126,8 +136,8 @@ def check_memory(
     raise UsageError(
         "The weights do not fit where the placement puts them; nothing was loaded.\n"
         + "\n".join(lines)
-        + f"\n{device_of_slot[0]} also holds the router and the dense layers, "
-        f"{dense_bytes / _GB:.3f} GB.{kept}\nName more or other slots (--trainer.strategy.slots; "
-        "cpu may be one), use another policy or placement, or make the weights smaller: "
+        + f"\n{home} also holds the router and the dense layers, "
+        f"{dense_bytes / _GB:.3f} GB.{kept}\n{more_room}, use another policy or placement, or make "
+        "the weights smaller: "
         "--model.dtype bfloat16, and on the CPU --model.experts_backend cpu_half or cpu_int8."
     )

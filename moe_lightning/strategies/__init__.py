@@ -4,6 +4,7 @@ from moe_lightning.strategies.hosting import HostedModel, HostingOptions, host_o
 from moe_lightning.strategies.moe_strategy import MoEStrategy, hosting_key
 from moe_lightning.strategies.placement_strategy import PlacementStrategy
 from moe_lightning.strategies.registry import STRATEGIES, register_strategies
+from moe_lightning.strategies.rpc_strategy import RPCStrategy
 
 __all__ = [
     "STRATEGIES",
@@ -11,6 +12,7 @@ __all__ = [
     "HostingOptions",
     "MoEStrategy",
     "PlacementStrategy",
+    "RPCStrategy",
     "host_on_one_device",
     "hosting_key",
     "register_strategies",

@@ -64,7 +64,7 @@ class HostedModel:
         padding: The model's padding mask.
         shards: All shards of this process.
         is_whole: Whether the model's own modules hold every expert.
-        interleaver: Lets two halves of a batch take turns; None computes batches whole.
+        interleaver: Lets parts of a batch take turns; None computes batches whole.
         placement: Where the experts are; None for one device.
         hosted_by: What tells the strategy and options that hosted it from others.
     """

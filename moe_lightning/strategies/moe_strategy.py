@@ -2,6 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Hashable
+from typing import Any, ClassVar
 
 from lightning.pytorch.strategies import Strategy
 
@@ -10,7 +11,13 @@ from moe_lightning.strategies.hosting import HostedModel, HostingOptions
 
 
 class MoEStrategy(Strategy):
-    """A Lightning strategy that decides where a model's experts are."""
+    """A Lightning strategy that decides where a model's experts are.
+
+    Attributes:
+        strategy_name: What ``--trainer.strategy`` calls it.
+    """
+
+    strategy_name: ClassVar[str]
 
     def check_ckpt_path(self) -> None:
         """Refuse to start from a training checkpoint, before anything is read, if it cannot.
@@ -18,6 +25,10 @@ class MoEStrategy(Strategy):
         Raises:
             UsageError: If the strategy loads no training checkpoints.
         """
+
+    def report(self) -> dict[str, Any]:
+        """What ``run.json`` says of the strategy besides its name; a dict of plain values."""
+        return {}
 
     @property
     @abstractmethod

@@ -6,14 +6,13 @@ slot 0: router, dense layers, its experts    slot 1: experts    slot 2: experts 
 from collections.abc import Hashable
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Literal
 
 import torch
 from lightning.pytorch.accelerators import CUDAAccelerator
-from lightning.pytorch.strategies import ParallelStrategy
-from torch import Tensor
 from typing_extensions import override
 
+from moe_lightning.devices import free_bytes, parse_devices
 from moe_lightning.dispatch import Interleaver, PlacedDispatcher, make_slots
 from moe_lightning.errors import UsageError
 from moe_lightning.experts import ExpertShard
@@ -21,16 +20,19 @@ from moe_lightning.modeling.checkpoint import CheckpointView
 from moe_lightning.modeling.loading import build_on_meta, load_experts, load_model
 from moe_lightning.modeling.seam import MoELayer, attach
 from moe_lightning.placement import ExpertPlacement
-from moe_lightning.strategies.devices import parse_devices
 from moe_lightning.strategies.hosting import HostedModel, HostingOptions
-from moe_lightning.strategies.moe_strategy import MoEStrategy
-from moe_lightning.strategies.placing import PlacementOptions, PolicyName, choose_placement
+from moe_lightning.strategies.one_process import OneProcessStrategy
+from moe_lightning.strategies.placing import (
+    PlacementOptions,
+    PolicyName,
+    SlotRoom,
+    choose_placement,
+)
 
-T = TypeVar("T")
 INTERLEAVE_TOKENS = 1024  # below, halves can cost more in small products than they hide
 
 
-class PlacementStrategy(MoEStrategy, ParallelStrategy):
+class PlacementStrategy(OneProcessStrategy):
     """Manual placement: every expert on the device that a placement names, in one process.
 
     For inference. The router and the dense layers are on the first slot.
@@ -139,15 +141,18 @@ class PlacementStrategy(MoEStrategy, ParallelStrategy):
 
     @override
     def host(self, view: CheckpointView, options: HostingOptions) -> HostedModel:
-        if options.is_training:
-            raise UsageError(
-                "the strategy moe_placement is for inference and does not train. For fit, use "
-                "--trainer.strategy auto, or ddp."
-            )
+        self.check_is_inference(options)
         devices = self.devices
         meta = build_on_meta(view.config, dtype=options.dtype)
         placement = choose_placement(
-            meta, devices, self.options, experts_backend=options.experts_backend
+            meta,
+            [
+                SlotRoom(f"{number}:{device}", str(device), device.type, options.experts_backend)
+                for number, device in enumerate(devices)
+            ],
+            self.options,
+            free_bytes={str(device): free_bytes(device) for device in devices},
+            home=str(devices[0]),
         )
         self.placement = placement
         shards: dict[int, dict[int, ExpertShard]] = {}
@@ -200,44 +205,3 @@ class PlacementStrategy(MoEStrategy, ParallelStrategy):
             placement=placement,
             hosted_by=self.hosting_key,
         )
-
-    @override
-    def load_model_state_dict(self, checkpoint: Any, strict: bool = True) -> None:
-        self.check_ckpt_path()
-
-    @override
-    def check_ckpt_path(self) -> None:
-        raise UsageError(
-            "--ckpt_path does not work with the strategy moe_placement, whose experts are not all "
-            "in one model. Write the checkpoint as a Hugging Face directory first (python -m "
-            "moe_lightning export), and give that as --model.checkpoint."
-        )
-
-    # One process: nothing to exchange.
-
-    @override
-    def model_to_device(self) -> None:
-        """Weights went straight to their devices; an earlier run's teardown has moved home's."""
-        assert self.lightning_module is not None, "connect comes first"
-        self.lightning_module.to(self.root_device)
-
-    @property
-    @override
-    def is_global_zero(self) -> bool:
-        return True
-
-    @override
-    def reduce(self, tensor: Tensor | Any, *args: Any, **kwargs: Any) -> Tensor | Any:
-        return tensor
-
-    @override
-    def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
-        return tensor
-
-    @override
-    def barrier(self, name: str | None = None) -> None:
-        pass
-
-    @override
-    def broadcast(self, obj: T, src: int = 0) -> T:
-        return obj

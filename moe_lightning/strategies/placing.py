@@ -1,11 +1,10 @@
-"""From a checkpoint's sizes, the devices and the options to a placement that fits."""
+"""From a checkpoint's sizes, the slots and the options to a placement that fits."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
-import torch
 from transformers import PreTrainedModel
 
 from moe_lightning.errors import UsageError
@@ -18,7 +17,6 @@ from moe_lightning.placement import (
     load_loads,
     make_placement,
 )
-from moe_lightning.strategies.devices import free_bytes
 
 PolicyName = Literal["linear", "round_robin", "balanced", "file"]
 _FILES = {"loads": "routing_balance.json", "file": "placement.json"}
@@ -71,53 +69,89 @@ class PlacementOptions:
             raise UsageError(f"trainer.strategy.replicas={self.replicas} must not be negative.")
 
 
+@dataclass(frozen=True, slots=True)
+class SlotRoom:
+    """A slot as a placement is planned for it.
+
+    Attributes:
+        name: What users call it.
+        pool: What memory it uses; slots of one pool share its room.
+        device_type: ``cpu`` or ``cuda``.
+        experts_backend: How it computes experts in inference, which decides how many bytes a weight
+            takes.
+    """
+
+    name: str
+    pool: str
+    device_type: str
+    experts_backend: str
+
+    def expert_bytes(self, layers: Sequence[MoELayer]) -> dict[int, int]:
+        """Bytes of one expert of each layer on this slot.
+
+        Args:
+            layers: The model's MoE layers, which may be on meta.
+        """
+        return {
+            layer.layer: bytes_of_experts(self.experts_backend, layer.experts, self.device_type)
+            // layer.num_experts
+            for layer in layers
+        }
+
+
 def choose_placement(
     model: PreTrainedModel,
-    devices: Sequence[torch.device],
+    slots: Sequence[SlotRoom],
     options: PlacementOptions,
     *,
-    experts_backend: str,
+    free_bytes: Mapping[str, int],
+    home: str,
+    more_room: str = "Name more or other slots (--trainer.strategy.slots; cpu may be one)",
 ) -> ExpertPlacement:
-    """Place a model's experts, within the room that the devices have now.
+    """Place a model's experts, within the room that there is now.
 
     Args:
         model: The model on meta, in the dtype that it will have.
-        devices: Device of each slot; the first one also holds everything but the experts.
+        slots: The slots.
         options: How experts are given to slots.
-        experts_backend: Backend in inference, which decides how many bytes a weight takes.
+        free_bytes: Free bytes of each pool.
+        home: The pool that also holds everything but the experts.
+        more_room: What a user can do about too little room, for messages.
 
     Returns:
         The placement.
 
     Raises:
-        UsageError: If a file is for another model or more slots, or a device has too little room.
+        UsageError: If a file is for another model or more slots, or a pool has too little room.
     """
     layers = find_moe_layers(model)
     num_experts = {layer.layer: layer.num_experts for layer in layers}
-    expert_bytes = {layer.layer: _expert_bytes(layer, devices, experts_backend) for layer in layers}
+    by_slot = [slot.expert_bytes(layers) for slot in slots]
+    # A weight takes most bytes on some slot; others have room for more experts than that says.
+    expert_bytes = {layer: max(each[layer] for each in by_slot) for layer in num_experts}
     total = sum(p.numel() * p.element_size() for p in model.parameters())
     in_experts = sum(
         p.numel() * p.element_size() for layer in layers for p in layer.experts.parameters()
     )
-    names = [str(device) for device in devices]
-    free = {str(device): free_bytes(device) for device in devices}
+    pools = [slot.pool for slot in slots]
     dense_bytes = total - in_experts
     if options.policy == "file":
         assert options.file is not None, "checked when the options were"
         placement = ExpertPlacement.load(options.file)
-        placement.check(num_experts, len(devices), name=options.file)
+        placement.check(num_experts, len(slots), name=options.file)
     else:
         capacity = Capacity.of_devices(
-            names,
-            free_bytes=free,
+            pools,
+            free_bytes=free_bytes,
             expert_bytes=expert_bytes,
             dense_bytes=dense_bytes,
+            home=home,
             reserve_bytes=RESERVE_BYTES,
         )
         placement = make_placement(
             options.policy,
             num_experts,
-            len(devices),
+            len(slots),
             loads=None if options.loads is None else load_loads(options.loads),
             num_replicas=options.replicas,
             capacity=capacity,
@@ -126,16 +160,11 @@ def choose_placement(
         placement,
         expert_bytes=expert_bytes,
         dense_bytes=dense_bytes,
-        slot_names=[f"{number}:{name}" for number, name in enumerate(names)],
-        device_of_slot=names,
-        free_bytes=free,
+        home=home,
+        slot_names=[slot.name for slot in slots],
+        device_of_slot=pools,
+        free_bytes=free_bytes,
         reserve_bytes=RESERVE_BYTES,
+        more_room=more_room,
     )
     return placement
-
-
-def _expert_bytes(layer: MoELayer, devices: Sequence[torch.device], experts_backend: str) -> int:
-    """Bytes of one expert, on the kind of device where it takes most."""
-    kinds = {device.type for device in devices}
-    most = max(bytes_of_experts(experts_backend, layer.experts, kind) for kind in kinds)
-    return most // layer.num_experts

@@ -4,9 +4,11 @@ from lightning.pytorch.strategies import StrategyRegistry
 
 from moe_lightning.strategies.moe_strategy import MoEStrategy
 from moe_lightning.strategies.placement_strategy import PlacementStrategy
+from moe_lightning.strategies.rpc_strategy import RPCStrategy
 
 STRATEGIES: dict[str, type[MoEStrategy]] = {
     PlacementStrategy.strategy_name: PlacementStrategy,
+    RPCStrategy.strategy_name: RPCStrategy,
 }
 
 

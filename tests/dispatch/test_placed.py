@@ -212,8 +212,10 @@ def test_while_the_rows_of_one_half_of_a_batch_are_away_the_other_goes_on(place)
     dispatcher = place(shards, num_experts=4, interleaver=interleaver)
     one_T1, weights_TK = torch.ones(1, 1), torch.ones(1, 2)
     first, second = interleaver.run(
-        lambda: dispatcher(one_T1, torch.tensor([[0, 2]]), weights_TK),
-        lambda: dispatcher(one_T1, torch.tensor([[3, 1]]), weights_TK),
+        [
+            lambda: dispatcher(one_T1, torch.tensor([[0, 2]]), weights_TK),
+            lambda: dispatcher(one_T1, torch.tensor([[3, 1]]), weights_TK),
+        ]
     )
     assert (first.item(), second.item()) == (101, 1010)
 

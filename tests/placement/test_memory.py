@@ -12,16 +12,27 @@ EXPERT_BYTES = {0: 2 * GB, 1: 3 * GB}
 
 def test_needed_bytes_of_devices() -> None:
     needed = needed_bytes(
-        PLACEMENT, expert_bytes=EXPERT_BYTES, dense_bytes=GB, device_of_slot=DEVICES
+        PLACEMENT, expert_bytes=EXPERT_BYTES, dense_bytes=GB, home="cuda:0", device_of_slot=DEVICES
     )
     # cuda:0: dense 1, slot 0 two of 2, slot 2 one of 2 and one of 3.  cpu: 2 + 3.
     assert needed == {"cuda:0": 10 * GB, "cpu": 5 * GB}
 
 
+def test_home_may_hold_no_experts() -> None:
+    needed = needed_bytes(
+        PLACEMENT, expert_bytes=EXPERT_BYTES, dense_bytes=GB, home="here", device_of_slot=DEVICES
+    )
+    assert needed == {"here": GB, "cuda:0": 9 * GB, "cpu": 5 * GB}
+
+
 def test_slots_that_the_placement_does_not_know_stay_empty() -> None:
     placement = ExpertPlacement(1, {0: ((0,),)})
     needed = needed_bytes(
-        placement, expert_bytes={0: 7}, dense_bytes=1, device_of_slot=["cuda:0", "cuda:1"]
+        placement,
+        expert_bytes={0: 7},
+        dense_bytes=1,
+        home="cuda:0",
+        device_of_slot=["cuda:0", "cuda:1"],
     )
     assert needed == {"cuda:0": 8, "cuda:1": 0}
 
@@ -31,10 +42,12 @@ def check(*, cuda: int, cpu: int, reserve: int = 0) -> dict[str, int]:
         PLACEMENT,
         expert_bytes=EXPERT_BYTES,
         dense_bytes=GB,
+        home="cuda:0",
         slot_names=["cuda:0", "cpu", "cuda"],
         device_of_slot=DEVICES,
         free_bytes={"cuda:0": cuda, "cpu": cpu, "cuda:1": 0},
         reserve_bytes=reserve,
+        more_room="Buy memory",
     )
 
 
@@ -53,7 +66,7 @@ def test_weights_that_do_not_fit_are_shown_in_a_table() -> None:
         "  cpu         5.000     64.000  cpu",
     ]
     assert "0.250 GB of each device are kept free" in lines[4]
-    assert "--trainer.strategy.slots" in lines[5]
+    assert lines[5].startswith("Buy memory, use another policy")
     assert "--model.dtype bfloat16" in lines[5]
     assert "cpu_int8" in lines[5]
 
@@ -69,7 +82,15 @@ def test_capacity_of_devices_is_shared_by_their_slots() -> None:
         free_bytes={"cuda:0": 100, "cpu": 50, "cuda:1": 5},
         expert_bytes={0: 3},
         dense_bytes=20,
+        home="cuda:0",
         reserve_bytes=10,
     )
     # cuda:0: (100 - 10 - 20) / 2; cuda:1: 5 - 10, so nothing.
     assert capacity == Capacity((35.0, 40.0, 35.0, 0.0), {0: 3})
+
+
+def test_capacity_of_devices_that_are_not_home() -> None:
+    capacity = Capacity.of_devices(
+        ["a", "b"], free_bytes={"a": 100, "b": 50}, expert_bytes={0: 3}, dense_bytes=20, home="c"
+    )
+    assert capacity == Capacity((100.0, 50.0), {0: 3})

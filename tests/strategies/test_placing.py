@@ -9,8 +9,7 @@ from transformers import Qwen3MoeConfig
 from moe_lightning.errors import UsageError
 from moe_lightning.modeling.loading import build_on_meta
 from moe_lightning.placement import ExpertPlacement
-from moe_lightning.strategies import placing
-from moe_lightning.strategies.placing import PlacementOptions, choose_placement
+from moe_lightning.strategies.placing import PlacementOptions, SlotRoom, choose_placement
 
 # Two layers of 8 experts. An expert is 3 matrices of 1024 x 1024: 12,582,912 bytes in fp32.
 EXPERT_BYTES = 12_582_912
@@ -40,17 +39,19 @@ DENSE_BYTES = 4 * (2 * 1000 * 1024 + 1024 + 2 * (4 * 1024**2 + 256 + 8 * 1024 + 
 
 
 @pytest.fixture
-def place(config, monkeypatch):
+def place(config):
     """The placement for devices of so many free bytes beyond what is kept."""
 
     def place(devices, free, *, dtype=torch.float32, backend="auto", **options):
-        free = {name: num_bytes + RESERVE_BYTES for name, num_bytes in free.items()}
-        monkeypatch.setattr(placing, "free_bytes", lambda device: free[str(device)])
         return choose_placement(
             build_on_meta(config, dtype=dtype),
-            [torch.device(name) for name in devices],
+            [
+                SlotRoom(f"{number}:{name}", name, torch.device(name).type, backend)
+                for number, name in enumerate(devices)
+            ],
             PlacementOptions(**options),
-            experts_backend=backend,
+            free_bytes={name: num_bytes + RESERVE_BYTES for name, num_bytes in free.items()},
+            home=devices[0],
         )
 
     return place

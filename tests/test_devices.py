@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from moe_lightning.errors import UsageError
-from moe_lightning.strategies import devices
-from moe_lightning.strategies.devices import free_bytes, parse_devices
+from moe_lightning import devices
+from moe_lightning.devices import free_bytes, parse_devices
 
 CPU = torch.device("cpu")
 GB = 10**9

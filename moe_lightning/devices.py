@@ -11,11 +11,14 @@ from moe_lightning.errors import UsageError
 CGROUP = Path("/sys/fs/cgroup")
 
 
-def parse_devices(names: Sequence[str]) -> list[torch.device]:
+def parse_devices(
+    names: Sequence[str], *, option: str = "trainer.strategy.slots"
+) -> list[torch.device]:
     """Devices of this machine by name.
 
     Args:
         names: ``cpu``, ``cuda:N``, or ``cuda`` for the first GPU.
+        option: The option that names them, for messages.
 
     Returns:
         The devices.
@@ -36,7 +39,7 @@ def parse_devices(names: Sequence[str]) -> list[torch.device]:
             device = torch.device("cpu")
         if device is None or str(device) not in there:
             raise UsageError(
-                f"trainer.strategy.slots names {name!r}, which this machine does not have. It has "
+                f"{option} names {name!r}, which this machine does not have. It has "
                 f"{', '.join(there)}; each may be named several times."
             )
         devices.append(device)

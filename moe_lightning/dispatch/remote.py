@@ -1,0 +1,204 @@
+"""RemoteDispatcher: the experts of a layer on workers that are reached by messages.
+
+rows ──▶ shares ──▶ worker 0 ┐
+              └──▶ worker 1 ┤ all messages leave before any answer is waited for
+                              │
+shared experts, experts at home meanwhile ─┴─▶ summed in the order of the workers
+
+The rows of a worker that is lost go, as they were, to those who hold or adopt its experts.
+"""
+
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from moe_lightning.dispatch.bookkeeping import LayerTrace, RoutingLog, Span, maybe_span
+from moe_lightning.dispatch.dispatcher import Dispatcher
+from moe_lightning.dispatch.interleave import Interleaver
+from moe_lightning.dispatch.plan import LayerRoutes, Share
+from moe_lightning.experts import HeldExperts
+from moe_lightning.transport.transport import WorkerLost
+
+
+class Flight(Protocol):
+    """Rows on their way to a worker, and their sums on the way back.
+
+    Attributes:
+        num_bytes_sent: Bytes of the message.
+        num_bytes_received: Bytes of the answer, once it is there.
+        compute_s: How long the worker computed, once the answer is there.
+    """
+
+    num_bytes_sent: int
+    num_bytes_received: int
+    compute_s: float
+
+    def result(self) -> Tensor:
+        """Wait for the sums, ``[R, D]`` on the device of the rows.
+
+        Raises:
+            WorkerLost: If the worker is gone.
+        """
+
+
+class RemoteExperts(Protocol):
+    """Who holds which experts now, and how they are asked.
+
+    Attributes:
+        names: Name of each slot.
+        home: The slot that is this process itself.
+    """
+
+    names: tuple[str, ...]
+    home: int
+
+    def routes(self, layer: int) -> LayerRoutes:
+        """Where the layer's experts are now, by logical numbers."""
+
+    def held_at_home(self, layer: int) -> HeldExperts:
+        """The layer's experts that this process holds."""
+
+    def ask(
+        self, slot: int, layer: int, rows_RD: Tensor, index_RK: Tensor, weights_RK: Tensor
+    ) -> Flight:
+        """Send rows to a worker.
+
+        Raises:
+            WorkerLost: If it is known to be gone.
+        """
+
+    def recover(self, slot: int) -> None:
+        """See to it that others hold a lost worker's experts.
+
+        Raises:
+            WorkersLostError: If nobody can.
+        """
+
+
+class RemoteDispatcher(Dispatcher):
+    """Sends rows to the workers that hold their experts, and adds up what comes back.
+
+    Args:
+        remote: The workers.
+        num_experts: Logical experts of the layer.
+        layer: Decoder layer.
+        log: Where the layer's work is recorded while somebody looks.
+        interleaver: Who computes while this layer's rows are away; nobody if None.
+    """
+
+    sends_rows_away = True
+
+    def __init__(
+        self,
+        remote: RemoteExperts,
+        *,
+        num_experts: int,
+        layer: int,
+        log: RoutingLog,
+        interleaver: Interleaver | None = None,
+    ) -> None:
+        super().__init__(layer=layer, num_experts=num_experts, log=log)
+        self.remote = remote
+        self._away = nullcontext if interleaver is None else interleaver.away
+
+    @override
+    def __call__(
+        self,
+        hidden_TD: Tensor,
+        index_TK: Tensor,
+        weights_TK: Tensor,
+        meanwhile: Callable[[], None] | None = None,
+    ) -> Tensor:
+        trace = None
+        if self.log.is_read:
+            trace = LayerTrace(self.layer, self.num_experts, index_TK, weights_TK)
+        out_TD = self._compute(hidden_TD, index_TK, weights_TK, meanwhile, trace)
+        if trace is not None:
+            self.log.publish(trace)
+        return out_TD
+
+    def _compute(
+        self,
+        hidden_TD: Tensor,
+        index_TK: Tensor,
+        weights_TK: Tensor,
+        meanwhile: Callable[[], None] | None,
+        trace: LayerTrace | None,
+    ) -> Tensor:
+        shares = self.remote.routes(self.layer).shares(index_TK, weights_TK)
+        flights = [
+            (share, self._send(share, hidden_TD, trace))
+            for share in shares
+            if share.slot != self.remote.home
+        ]
+        if meanwhile is not None and flights:
+            meanwhile()
+        out_TD = torch.zeros_like(hidden_TD)
+        for share in shares:
+            if share.slot == self.remote.home:
+                _add(out_TD, share, self._compute_at_home(share, hidden_TD, trace))
+        for share, flight in flights:
+            part_RD = self._receive(share, flight, hidden_TD, trace)
+            with maybe_span(trace, "combine", self.remote.names[share.slot]) as span:
+                if span is not None and not isinstance(flight, WorkerLost):
+                    span.num_bytes = flight.num_bytes_received
+                _add(out_TD, share, part_RD)
+        return out_TD
+
+    def _compute_at_home(self, share: Share, hidden_TD: Tensor, trace: LayerTrace | None) -> Tensor:
+        held = self.remote.held_at_home(self.layer)
+        with maybe_span(trace, "compute", self.remote.names[share.slot]):
+            return held.compute(_rows(share, hidden_TD), share.index_RK, share.weights_RK)
+
+    def _send(
+        self, share: Share, hidden_TD: Tensor, trace: LayerTrace | None
+    ) -> Flight | WorkerLost:
+        with maybe_span(trace, "dispatch", self.remote.names[share.slot]) as span:
+            rows_RD = _rows(share, hidden_TD)
+            try:
+                flight = self.remote.ask(
+                    share.slot, self.layer, rows_RD, share.index_RK, share.weights_RK
+                )
+            except WorkerLost as lost:
+                return lost  # the other workers' rows leave first
+            if span is not None:
+                span.num_bytes = flight.num_bytes_sent
+            return flight
+
+    def _receive(
+        self,
+        share: Share,
+        flight: Flight | WorkerLost,
+        hidden_TD: Tensor,
+        trace: LayerTrace | None,
+    ) -> Tensor:
+        name = self.remote.names[share.slot]
+        try:
+            if isinstance(flight, WorkerLost):
+                raise flight
+            with maybe_span(trace, "wait", name), self._away():
+                part_RD = flight.result()
+        except WorkerLost as lost:
+            self.remote.recover(lost.worker)
+            rows_RD = _rows(share, hidden_TD)
+            return self._compute(rows_RD, share.index_RK, share.weights_RK, None, trace)
+        if trace is not None:
+            now_s = time.perf_counter()
+            trace.spans.append(Span("compute", name, now_s - flight.compute_s, now_s, 0))
+        return part_RD
+
+
+def _rows(share: Share, hidden_TD: Tensor) -> Tensor:
+    return hidden_TD if share.token_R is None else hidden_TD[share.token_R]
+
+
+def _add(out_TD: Tensor, share: Share, part_RD: Tensor) -> None:
+    if share.token_R is None:
+        out_TD.add_(part_RD)
+    else:
+        out_TD.index_add_(0, share.token_R, part_RD)

@@ -1,0 +1,1 @@
+"""Expert workers: processes that hold experts, and the master's view of them."""
