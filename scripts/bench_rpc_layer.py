@@ -20,7 +20,7 @@ from bench_placement_clock import Times, progress, race
 from bench_rpc_places import Place
 from bench_rpc_player import Player, Process
 
-PLAYERS = Path(__file__).with_name("bench_rpc_layer_players.py")
+SCRIPTS = Path(__file__).parent
 ONE_MESSAGE, ECHO = "one message, zmq", "raw TCP echo"
 CALLS, CALLS_ONE_BY_ONE = "TensorPipe call per expert", "the same, one by one"
 OURS = {
@@ -149,34 +149,38 @@ def _start(
 ) -> dict[str, Player]:
     """Start everybody; nobody is waited for."""
     masters = {}
-    numbers = asdict(sizes) | {"seed": seed}
-    kinds = ["zmq", "tensorpipe", "guide", "echo"] if has_tensorpipe else ["zmq", "echo"]
-    for kind in kinds:
+    numbers = asdict(sizes) | {"seed": seed, "interface": place.interface}
+    for kind in ("zmq", "tensorpipe", "guide", "echo") if has_tensorpipe else ("zmq", "echo"):
         addresses = [(place.worker_host, place.free_port()) for _ in range(sizes.num_workers)]
         keys = None if kind != "zmq" or place.keys is None else str(place.keys)
-        options = numbers | {
+        master = numbers | {
             "addresses": addresses,
             "keys": keys,
             "transport": kind,
-            "interface": place.interface,
+            "rank": 0,
             "master": (place.master_host, place.free_port()),
         }
-        role = kind if kind in ("guide", "echo") else "ours"
-        for number, (host, port) in enumerate(addresses):
-            own: dict[str, Any] = {"address": (host, port)}
-            if role == "guide":
-                own = options | {"rank": number + 1}
-            elif role == "ours":
-                own = {
+        workers: list[dict[str, Any]]
+        if kind == "guide":
+            workers = [master | {"rank": 1 + number} for number in range(sizes.num_workers)]
+        elif kind == "echo":
+            workers = [{"address": address} for address in addresses]
+        else:
+            workers = [
+                {
                     "listen": f"tcp://{host}:{port}",
                     "keys": keys,
                     "threads": 1,
                     "insecure_network": kind == "tensorpipe",
                     "parent_pipe": True,
                 }
-            argv = place.python("worker", [PLAYERS, f"{role}-worker", json.dumps(own)])
+                for host, port in addresses
+            ]
+        script = SCRIPTS / f"bench_rpc_{kind if kind in ('guide', 'echo') else 'mirror'}.py"
+        for number, worker in enumerate(workers):
+            argv = place.python("worker", [script, "worker", json.dumps(worker)])
             stack.callback(Process(argv, name=f"{kind} worker {number}, {place.name}").close)
-        argv = place.python("master", [PLAYERS, f"{role}-master", json.dumps(options)])
+        argv = place.python("master", [script, "master", json.dumps(master)])
         masters[kind] = Player(argv, name=f"{kind} master, {place.name}")
         # Last in, first out: masters leave before their workers.
         stack.callback(masters[kind].close)

@@ -11,6 +11,7 @@ import select
 import subprocess
 import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,6 +19,9 @@ from typing import Any
 START_S = 180.0  # until a player has loaded its model
 TURN_S = 120.0
 PATIENCE_S = 5.0
+
+Turn = Callable[[dict[str, Any]], dict[str, Any]]
+"""Answers a question."""
 
 
 class PlayerFailedError(RuntimeError):
@@ -34,7 +38,7 @@ class Process:
 
     def __init__(self, argv: Sequence[str], *, name: str) -> None:
         self.name = name
-        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115: as long as the process
+        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 (as long as the process)
         self.process = subprocess.Popen(
             argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True
         )
@@ -102,7 +106,7 @@ class Player(Process):
         return answer
 
 
-def play(start: Callable[[], tuple[dict[str, Any], Callable[[dict[str, Any]], dict[str, Any]]]]):
+def play(start: Callable[[], tuple[dict[str, Any], Turn]]) -> None:
     """Be a player: start, then answer questions until stdin ends.
 
     Args:
@@ -124,3 +128,10 @@ def play(start: Callable[[], tuple[dict[str, Any], Callable[[dict[str, Any]], di
     except Exception:
         say({"error": traceback.format_exc()})
         sys.exit(1)
+
+
+def seconds_of(call: Callable[[], Any]) -> float:
+    """Seconds that a call takes."""
+    start_s = time.perf_counter()
+    call()
+    return time.perf_counter() - start_s

@@ -161,8 +161,11 @@ class DamagedMessages:
         rng = self.random
         opening, closing = rng.choice(((b"[", b"]"), (b'{"a":', b"}")))
         depth = rng.choice((0, 1, 14, 15, 16, 17, 400, 3000))
-        times = 2**20 if rng.random() < 0.001 else rng.choice((0, 0, 1, 100))
-        value = rng.choice((b"0", b"-1e5", b'"x"', b"[]", b"{}", b"9" * rng.randrange(1, 50)))
+        times, value = rng.choice((0, 0, 1, 100)), rng.choice((b"-1e5", b'"x"', b"[]", b"{}", b"0"))
+        if rng.random() < 0.01:
+            times = 2**20
+        elif rng.random() < 0.2:
+            value = b"9" * rng.randrange(1, 50)
         text = opening * depth + b"[" + (value + b",") * times + value + b"]" + closing * depth
         frames[-1] = rng.choice((b'{"a":' + text + b"}", text))
 

@@ -119,8 +119,8 @@ class Referee:
             limit_bytes = MAX_MEMORY[0] + MAX_MEMORY[1] * sum(map(len, frames))
             if num_bytes > limit_bytes:
                 raise ParserError(f"reading took {num_bytes:,} bytes of memory, of {limit_bytes:,}")
-            if peak_rss_mb() > self.start_rss_mb + MAX_RSS_GROWTH_MB:
-                raise ParserError(f"the process has grown by more than {MAX_RSS_GROWTH_MB} MB")
+        if peak_rss_mb() > self.start_rss_mb + MAX_RSS_GROWTH_MB:
+            raise ParserError(f"the process has grown by more than {MAX_RSS_GROWTH_MB} MB")
         if message is None:
             return True
         check_consistent(message, frames)

@@ -2,17 +2,23 @@
 
 import re
 import shlex
+import socket
+import subprocess
+import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 
 from moe_lightning.cli.main import main
+from moe_lightning.transport.keys import new_keys
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 # Commands that other tests run as they are, or that start the tests themselves.
 RUN_ELSEWHERE = ("scripts/demo.sh", "scripts/test.sh", "scripts/bench_predict.py")
+ADDRESS = "tcp://10.0.0.5:7000"
 RECORDING = "--trainer.callbacks+=RoutingBalance"
 
 
@@ -39,7 +45,12 @@ def test_command(command, tmp_path, monkeypatch, family_checkpoint):
         path = ROOT / (words[0] if words[0] in RUN_ELSEWHERE else words[1])
         assert path.is_file(), "the README names a script that is not there"
         return
+    if words[0] == "torchrun":
+        subprocess.run([sys.executable, "-m", "torch.distributed.run", *words[1:]], check=True)
+        return
     assert words[:3] == ["python", "-m", "moe_lightning"], command
+    if "--listen" in words:
+        return  # with the master's command
     checkpoint = str(family_checkpoint("mixtral"))
     options = [checkpoint if word == "DIR_OR_HUB_ID" else word for word in words[3:]]
     if torch.cuda.device_count() < 2:
@@ -49,7 +60,28 @@ def test_command(command, tmp_path, monkeypatch, family_checkpoint):
         assert main(shlex.split(recording)[3:]) == 0
     if options[0] == "fit":  # the whole of it is in tests/demo
         options += ["--trainer.max_steps", "2", "--trainer.val_check_interval", "2"]
+    if "keys" in options and options[0] == "predict":
+        new_keys("keys")
+        with worker_process(checkpoint) as address:
+            assert main([option.replace(ADDRESS, address) for option in options]) == 0
+        return
     assert main(options) == 0
+
+
+@contextmanager
+def worker_process(checkpoint):
+    """The README's worker, at a free port of this machine."""
+    (command,) = [other for other in commands() if "--listen" in other]
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        address = f"tcp://127.0.0.1:{free.getsockname()[1]}"
+    places = {"DIR_OR_HUB_ID": checkpoint, ADDRESS: address}
+    words = [places.get(word, word) for word in shlex.split(command)]
+    process = subprocess.Popen([sys.executable, *words[1:]])
+    try:
+        yield address
+    finally:
+        process.terminate()
+        process.wait(20)
 
 
 @pytest.mark.parametrize("block", code_blocks("python"))

@@ -47,9 +47,13 @@ class HeldExperts:
         """Whether all of these experts are held; read on the host.
 
         Args:
-            index_RK: Logical experts on the host, in [0, num_experts].
+            index_RK: Logical experts on the host, or any other numbers, which are not held.
         """
-        return bool(self._is_held_E[index_RK].all())
+        if index_RK.numel() == 0:
+            return True
+        lowest, highest = index_RK.aminmax()
+        is_known = int(lowest) >= 0 and int(highest) <= self.num_experts
+        return is_known and bool(self._is_held_E[index_RK].all())
 
     def compute(self, rows_RD: Tensor, index_RK: Tensor, weights_RK: Tensor) -> Tensor:
         """The weighted sum of the held experts for each row.

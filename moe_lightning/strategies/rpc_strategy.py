@@ -268,8 +268,10 @@ class RPCStrategy(OneProcessStrategy):
             )
         else:
             self._local = LocalWorkers(
-                self.num_workers or LOCAL_WORKERS,
-                WorkerOptions(str(view.path), threads=self._threads()),
+                [
+                    WorkerOptions(str(view.path), device=device, threads=self._threads())
+                    for device in self._local_devices()
+                ]
             )
             addresses, check, keys = self._local.addresses, self._local.check, None
         roster = Roster(addresses, keys=keys, timeout_s=self.timeout_s)
@@ -284,6 +286,14 @@ class RPCStrategy(OneProcessStrategy):
                 )
             )
         return fleet
+
+    def _local_devices(self) -> list[str]:
+        num_workers = self.num_workers or LOCAL_WORKERS
+        if self.root_device.type != "cuda":
+            return ["cpu"] * num_workers
+        # The master's GPU comes last: the router and the dense layers are there.
+        own, num_gpus = self.root_device.index or 0, torch.cuda.device_count()
+        return [f"cuda:{(own + 1 + n) % num_gpus}" for n in range(num_workers)]
 
     # Beginning and end.
 

@@ -8,12 +8,16 @@ class DropLog:
     """Logs the first event of a kind at once, and then at most one line per interval and kind.
 
     Args:
-        logger: Where the lines go, as warnings.
+        logger: Where the lines go.
+        level: How bad the events are.
         interval_s: Shortest time between two lines of a kind.
     """
 
-    def __init__(self, logger: logging.Logger, *, interval_s: float = 5.0) -> None:
+    def __init__(
+        self, logger: logging.Logger, *, level: int = logging.WARNING, interval_s: float = 5.0
+    ) -> None:
         self._logger = logger
+        self._level = level
         self._interval_s = interval_s
         self._next_line: dict[str, float] = {}
         self._num_silent: dict[str, int] = {}
@@ -32,4 +36,5 @@ class DropLog:
         self._next_line[kind] = now + self._interval_s
         num_silent = self._num_silent.pop(kind, 0)
         text = f"{kind}: {detail}" if detail else kind
-        self._logger.warning("%s%s", text, f" (and {num_silent} more)" if num_silent else "")
+        more = f" (and {num_silent} more before)" if num_silent else ""
+        self._logger.log(self._level, "%s%s", text, more)

@@ -35,8 +35,9 @@ class _Watched:
     was_refused: bool = False
 
     def close(self) -> None:
-        self.monitor.close()
-        self.socket.close(linger=0)
+        if not self.socket.closed:
+            self.monitor.close()
+            self.socket.close(linger=0)
 
 
 class Liveness:

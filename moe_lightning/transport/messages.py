@@ -271,7 +271,7 @@ def _bytes_of(frame: Buffer) -> memoryview:
     try:
         view = memoryview(frame)
         return view.cast("B") if view.nbytes else memoryview(b"")  # an empty view cannot be cast
-    except (TypeError, BufferError):
+    except TypeError:
         raise MalformedMessage("a frame that is no contiguous buffer") from None
 
 

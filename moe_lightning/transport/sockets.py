@@ -5,6 +5,7 @@ A context (and so an I/O thread) belongs to whoever made it: pulses do not wait 
 
 import struct
 from collections.abc import Iterator
+from secrets import token_hex
 
 import zmq
 from zmq.auth.thread import ThreadAuthenticator
@@ -17,7 +18,10 @@ MAX_FRAME_BYTES = 256 * 2**20
 
 # A frame that needs longer than this to arrive would be taken for a silent peer.
 _SILENCE_MS = 30_000
+# What a stranger can make a listener hold is what his link carries in this time.
 _HANDSHAKE_MS = 5_000
+# Messages of one peer; what is more waits at the peer.
+_MAX_WAITING = 16
 _ZAP_DOMAIN = b"worker"
 
 HANDSHAKE_FAILURES = (
@@ -85,8 +89,8 @@ def bind(
     """
     socket = context.socket(zmq.ROUTER)
     _set_limits(socket, max_frame_bytes)
-    socket.sndhwm = 64
-    socket.rcvhwm = 64
+    socket.sndhwm = _MAX_WAITING
+    socket.rcvhwm = _MAX_WAITING
     if keys is not None:
         socket.curve_server = True
         socket.curve_publickey = keys.public
@@ -168,8 +172,9 @@ class Monitor:
     """
 
     def __init__(self, socket: "zmq.Socket[bytes]", events: int) -> None:
-        address = f"inproc://monitor-{id(self)}"
-        socket.monitor(address, events)
+        address = f"inproc://monitor-{token_hex(8)}"
+        self._watched = socket
+        self._watched.monitor(address, events)
         self.socket = socket.context.socket(zmq.PAIR)
         # libzmq waits for room for an event, and its I/O thread must never wait.
         self.socket.rcvhwm = 0
@@ -182,7 +187,8 @@ class Monitor:
             yield event
 
     def close(self) -> None:
-        """Stop; before the socket itself is closed."""
+        """Stop; before the socket itself is closed, whose I/O thread would wait for a reader."""
+        self._watched.monitor(None, 0)
         self.socket.close(linger=0)
 
 

@@ -32,8 +32,9 @@ from moe_lightning.transport.tensorpipe_joining import (
     MAX_WORKERS,
     Gathering,
     Join,
-    make_store,
+    connect_store,
     process_name,
+    serve_store,
 )
 from moe_lightning.transport.tensorpipe_server import Parts, answer, pack, unpack
 from moe_lightning.transport.transport import ExpertTransport, Frames, Pending, WorkerLost
@@ -98,8 +99,10 @@ class TensorPipeTransport(ExpertTransport):
         # Before anybody is asked to join.
         tensorpipe_agent.check_free()
         tensorpipe_agent.interface_of(host)
-        store = make_store(host, timeout_s=timeout_s)
-        gathering = Gathering(join, host=host, port=store.port, names=names, timeout_s=timeout_s)
+        # It listens until this function ends; after that nobody needs it.
+        server = serve_store(host, timeout_s=timeout_s)
+        store = connect_store(host, server.port, timeout_s=timeout_s)
+        gathering = Gathering(join, host=host, port=server.port, names=names, timeout_s=timeout_s)
         gathering.wait_for_arrivals(store)
         try:
             tensorpipe_agent.start_agent(

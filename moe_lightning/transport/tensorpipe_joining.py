@@ -204,7 +204,7 @@ def greet() -> None:
     """What a master calls to see that it reaches a worker."""
 
 
-def make_store(host: str, *, timeout_s: float) -> TCPStore:
+def serve_store(host: str, *, timeout_s: float) -> TCPStore:
     """Make a store on a socket of ours: one that torch opens would listen on all interfaces.
 
     Args:
@@ -212,7 +212,8 @@ def make_store(host: str, *, timeout_s: float) -> TCPStore:
         timeout_s: Longest wait of each call.
 
     Returns:
-        The store; it listens until nobody refers to it.
+        The store, which listens until nobody refers to it. An agent must be given another that is
+        connected to it: torch keeps the first agent of a process, and its store, for ever.
     """
     with socket.create_server((host, 0), backlog=MAX_WORKERS) as listening:
         port = listening.getsockname()[1]
@@ -224,3 +225,33 @@ def make_store(host: str, *, timeout_s: float) -> TCPStore:
             wait_for_workers=False,
             master_listen_fd=listening.detach(),
         )
+
+
+def connect_store(host: str, port: int, *, timeout_s: float) -> TCPStore:
+    """Connect to a store; if nobody listens there, that is an error at once.
+
+    Args:
+        host: Its address.
+        port: Its port.
+        timeout_s: Longest wait of each call.
+
+    Returns:
+        The store.
+
+    Raises:
+        RuntimeError: If it cannot be reached.
+    """
+    try:
+        # By itself torch goes on trying, for half as long again as it is told to.
+        socket.create_connection((host, port), timeout_s).close()
+    except OSError as error:
+        raise RuntimeError(
+            f"tensorpipe: the master's store at {host}:{port} cannot be reached: {error}"
+        ) from error
+    return TCPStore(
+        host,
+        port,
+        is_master=False,
+        timeout=timedelta(seconds=timeout_s),
+        wait_for_workers=False,
+    )

@@ -9,19 +9,21 @@ it is sent, so this transport is for networks whose every machine is trusted.
 
 import ipaddress
 import logging
-import socket
 import time
 from collections.abc import Callable, Sequence
-from datetime import timedelta
 
 import torch
 from torch import Tensor
-from torch._C._distributed_c10d import TCPStore
 from typing_extensions import Buffer
 
 from moe_lightning.transport import tensorpipe_agent
 from moe_lightning.transport.drop_log import DropLog
-from moe_lightning.transport.tensorpipe_joining import TensorPipeJoin, arrival_key, process_name
+from moe_lightning.transport.tensorpipe_joining import (
+    TensorPipeJoin,
+    arrival_key,
+    connect_store,
+    process_name,
+)
 
 # Frames up to this size travel inside the call, which costs less than a tensor of their own.
 SMALL_BYTES = 4096
@@ -141,7 +143,7 @@ def join_tensorpipe(
     tensorpipe_agent.check_free()
     tensorpipe_agent.interface_of(host)
     deadline = time.monotonic() + timeout_s
-    store = _connect(join, timeout_s)
+    store = connect_store(join.store_host, join.store_port, timeout_s=timeout_s)
     store.set(arrival_key(join.rank), "")
     endpoint = TensorPipeEndpoint(handle)
     # Before the agent starts: the first call may come at once.
@@ -161,22 +163,3 @@ def join_tensorpipe(
         _endpoint = None
         raise
     return endpoint
-
-
-def _connect(join: TensorPipeJoin, timeout_s: float) -> TCPStore:
-    """Connect to the master's store; nobody there is an error at once."""
-    try:
-        # torch tries again for half as long again as it is told to.
-        socket.create_connection((join.store_host, join.store_port), timeout_s).close()
-    except OSError as error:
-        raise RuntimeError(
-            f"tensorpipe: the master's store at {join.store_host}:{join.store_port} cannot be "
-            f"reached: {error}"
-        ) from error
-    return TCPStore(
-        join.store_host,
-        join.store_port,
-        is_master=False,
-        timeout=timedelta(seconds=timeout_s),
-        wait_for_workers=False,
-    )

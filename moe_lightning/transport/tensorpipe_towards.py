@@ -1,11 +1,11 @@
 """Which of this machine's addresses TensorPipe may use, and whether it may at all."""
 
-import socket
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from moe_lightning.errors import UsageError
-from moe_lightning.transport.addresses import is_loopback, split
+from moe_lightning.transport.addresses import is_loopback
+from moe_lightning.transport.own_address import LOOPBACK, own_address
 from moe_lightning.transport.transport import ExpertTransport
 
 
@@ -27,10 +27,8 @@ def tensorpipe_towards(
     """
     from moe_lightning.transport.tensorpipe import TensorPipeTransport
 
-    host = "127.0.0.1"
-    for address in addresses:
-        if address.startswith("tcp://"):
-            host = _own_address(towards=address)
+    hosts = {own_address(towards=address) for address in addresses}
+    host = next((host for host in hosts if not is_loopback(host)), LOOPBACK)
     if not is_loopback(host) and not insecure_network:
         raise UsageError(
             "trainer.strategy.transport=tensorpipe cannot be secured: whoever reaches its port "
@@ -43,10 +41,3 @@ def tensorpipe_towards(
         return TensorPipeTransport.open(host, names, timeout_s=timeout_s, **hooks)
 
     return open_transport
-
-
-def _own_address(*, towards: str) -> str:
-    """The address of this machine from which another one is reached."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect(split(towards))  # sends nothing
-        return str(probe.getsockname()[0])

@@ -83,8 +83,8 @@ def encode(rows_RD: Tensor, dtype: WireDtype) -> Encoded:
         rows_RD = rows_RD.float()
         scales_R = rows_RD.abs().amax(1) / 127
         scales_R.masked_fill_(scales_R < _SMALLEST_SCALE, 1.0)
-        # NaN (also inf / inf) has no integer; the scale, NaN or inf then, tells.
-        codes_RD = (rows_RD / scales_R[:, None]).round_().nan_to_num_(0.0).to(torch.int8)
+        # NaN, also inf / inf, becomes any integer; the scale, NaN or infinite then, spoils them all.
+        codes_RD = (rows_RD / scales_R[:, None]).round_().to(torch.int8)
         return Encoded(_on_host(codes_RD), _on_host(scales_R))
     if dtype == WireDtype.FLOAT16 and rows_RD.dtype != torch.float16:
         rows_RD = _saturated(rows_RD)

@@ -14,7 +14,12 @@ from moe_lightning.transport.messages import MAX_FRAMES
 from moe_lightning.transport.sockets import HANDSHAKE_FAILURES, Monitor
 from moe_lightning.transport.transport import Frames
 
-EVENTS = zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED | HANDSHAKE_FAILURES
+EVENTS = (
+    zmq.EVENT_CONNECTED
+    | zmq.EVENT_HANDSHAKE_SUCCEEDED
+    | zmq.EVENT_DISCONNECTED
+    | HANDSHAKE_FAILURES
+)
 """What a line must be told of its connection."""
 
 Dial = Callable[[], tuple["zmq.Socket[bytes]", Monitor]]
@@ -22,6 +27,8 @@ Dial = Callable[[], tuple["zmq.Socket[bytes]", Monitor]]
 _REQUEST = struct.Struct("<16xQ")  # the request's id in the header of any message
 _REDIAL_S = 0.1  # shortest time between two sockets
 _TROUBLES: dict[int, str] = {
+    zmq.EVENT_CONNECTED: "what listens there says nothing, or nothing that a worker would say",
+    zmq.EVENT_HANDSHAKE_SUCCEEDED: "",
     zmq.EVENT_HANDSHAKE_FAILED_AUTH: "it refuses this master's key",
     zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL: "what listens there is no worker, or has other keys",
     zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL: "it closes the connection at once (other keys?)",
@@ -103,7 +110,7 @@ class Line:
                 self._is_cut = True
                 self.trouble = self.trouble or "its connection broke"
             else:
-                self.trouble = _TROUBLES.get(event, "")
+                self.trouble = _TROUBLES[event]
         if self._is_cut and time.monotonic() - self._dialled_s >= _REDIAL_S:
             while self.take(0.0):
                 pass

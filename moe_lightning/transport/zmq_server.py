@@ -42,7 +42,9 @@ class ZmqServer:
     def __init__(
         self, address: str, *, keys: Keys | None = None, max_frame_bytes: int = MAX_FRAME_BYTES
     ) -> None:
-        self._dropped = DropLog(logging.getLogger("moe_lightning.worker"))
+        logger = logging.getLogger("moe_lightning.worker")
+        self._dropped = DropLog(logger)
+        self._ended = DropLog(logger, level=logging.INFO)
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._authenticator = None if keys is None else admit(self._context, keys)
         try:
@@ -51,7 +53,7 @@ class ZmqServer:
             self._end_context()
             raise
         self._socket.rcvtimeo = int(_IDLE_S * 1000)
-        self._monitor = Monitor(self._socket, HANDSHAKE_FAILURES)
+        self._monitor = Monitor(self._socket, HANDSHAKE_FAILURES | zmq.EVENT_DISCONNECTED)
         self.address = endpoint(self._socket)
 
     def serve(self, handle: Handler, on_idle: Callable[[], bool]) -> None:
@@ -114,10 +116,13 @@ class ZmqServer:
 
     def _log_strangers(self) -> None:
         for event in self._monitor.read():
-            if event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
-                self._dropped("Refused a connection", "its key is not the master's")
+            if event == zmq.EVENT_DISCONNECTED:
+                # libzmq does not tell one end from the other.
+                self._ended("A connection ended: a master left, or broke a rule (length of frames)")
+            elif event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
+                self._dropped("Refused a connection whose key is not the master's")
             else:
-                self._dropped("Refused a connection", "no peer of ours, or other keys than ours")
+                self._dropped("Refused a connection that has other keys, or is no master's")
 
     def _end_context(self) -> None:
         if self._authenticator is not None:

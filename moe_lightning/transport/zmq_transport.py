@@ -31,7 +31,7 @@ class ZmqTransport(ExpertTransport):
         addresses: Of each worker, in the order of their numbers.
         keys: The master's keys, if the workers have keys.
         lost: Whether a worker is known to be gone, and why.
-        max_frame_bytes: The longest frame of an answer.
+        max_frame_bytes: The longest frame of a request and of an answer.
     """
 
     def __init__(
@@ -59,6 +59,8 @@ class ZmqTransport(ExpertTransport):
         reason = _CLOSED if self._is_closed else self.lost(worker)
         if reason is not None:
             raise WorkerLost(worker, reason)
+        longest = max(memoryview(frame).nbytes for frame in frames)
+        assert longest <= self._max_frame_bytes, f"a frame of {longest} bytes: split the request"
         pending = _ZmqPending(self, self._desk(worker), worker, Question(request, frames))
         pending.ask()
         return pending
@@ -116,6 +118,7 @@ class _Desk:
             self.is_closed = True
             for line in self.lines.values():
                 line.close()
+            self.lines.clear()
 
     def __del__(self) -> None:
         self.close()  # its thread has ended

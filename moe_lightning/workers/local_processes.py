@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,15 +22,14 @@ class LocalWorkers:
     """Worker processes that end with this process, whatever ends it.
 
     Args:
-        num_workers: How many.
-        options: How each of them serves; the address is chosen here.
+        workers: How each of them serves; the addresses are chosen here.
     """
 
-    def __init__(self, num_workers: int, options: WorkerOptions) -> None:
+    def __init__(self, workers: Sequence[WorkerOptions]) -> None:
         self._directory = Path(tempfile.mkdtemp(prefix="moe-"))
-        self.addresses = [f"ipc://{self._directory}/{n}" for n in range(num_workers)]
+        self.addresses = [f"ipc://{self._directory}/{n}" for n in range(len(workers))]
         self.processes: list[subprocess.Popen[bytes]] = []
-        for number, address in enumerate(self.addresses):
+        for number, (options, address) in enumerate(zip(workers, self.addresses, strict=True)):
             arguments = replace(options, listen=address, parent_pipe=True).to_arguments()
             # A session of its own: Ctrl-C is for the master, which ends its workers itself.
             with (self._directory / f"{number}.log").open("wb") as log:

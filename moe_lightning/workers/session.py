@@ -45,7 +45,8 @@ from moe_lightning.workers.expert_host import ExpertHost
 _log = logging.getLogger("moe_lightning.worker")
 Frames = Sequence[Buffer]
 DTYPES = ("float32", "float64", "bfloat16", "float16")
-Join = Callable[[dict[str, Any], Callable[[list[memoryview]], Frames]], None]
+Leave = Callable[[], None]
+Join = Callable[[dict[str, Any], Callable[[list[memoryview]], Frames]], Leave]
 
 
 class WorkerSession:
@@ -55,7 +56,8 @@ class WorkerSession:
         host: The experts.
         pulse: Tells whether the master is still there.
         manifest: Hash of the worker's checkpoint.
-        join: Takes part in another transport than the one that requests come by.
+        join: Takes part in another transport than the one that requests come by; returns what
+            leaves it.
         ends_with_master: Whether to leave when the first master is done.
     """
 
@@ -76,6 +78,7 @@ class WorkerSession:
         self._session = 0
         self._master = ""
         self._timeout_s = 0.0
+        self._leave: Leave | None = None
         self.has_ended = False  # the session of a worker that is not to wait for another master
         self.has_lost_master = False
 
@@ -120,11 +123,6 @@ class WorkerSession:
             self._end()
         return not self.has_ended
 
-    @property
-    def is_free(self) -> bool:
-        """Whether no master is served."""
-        return self._session == 0
-
     # Requests.
 
     def _hello(self, hello: Control) -> Frames:
@@ -157,7 +155,7 @@ class WorkerSession:
         if not isinstance(timeout_s, int | float) or not 0 < timeout_s < 1e6 or not hello.session:
             return self._fail(hello, FailureCode.MALFORMED, "timeout_s or session is wrong")
         if is_new:
-            self._host.free()
+            self._end()
             self._session = self._pulse.session = hello.session
             self._timeout_s = timeout_s
             self._master = str(body.get("master"))[:100]
@@ -184,7 +182,7 @@ class WorkerSession:
                 self._load(control.body)
                 return self._reply(control, {"free_bytes": self._host.offered_bytes()})
             if control.verb == "join":
-                self._join(control.body, self.handle_compute)
+                self._leave = self._join(control.body, self.handle_compute)
                 return self._reply(control, {})
             if control.verb == "bye":
                 self._end()
@@ -266,9 +264,12 @@ class WorkerSession:
     # Parts of answers.
 
     def _end(self) -> None:
+        self.has_ended = self._ends_with_master and self._session != 0
         self._session = self._pulse.session = 0
+        if self._leave is not None:
+            self._leave()
+            self._leave = None
         self._host.free()
-        self.has_ended = self._ends_with_master
 
     def _reply(self, control: Control, body: dict[str, Any]) -> Frames:
         return Reply(control.session, control.request, body).frames()

@@ -4,7 +4,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,13 +20,15 @@ from moe_lightning.modeling.manifest import manifest_hash
 from moe_lightning.modeling.seam import find_moe_layers
 from moe_lightning.transport.addresses import check_address, pulse_address
 from moe_lightning.transport.keys import Keys
+from moe_lightning.transport.own_address import host_towards
 from moe_lightning.transport.pulse import PulseServer
 from moe_lightning.transport.zmq_server import ZmqServer
 from moe_lightning.workers.expert_host import ExpertHost
 from moe_lightning.workers.session import WorkerSession
 
 LOST_MASTER = 6
-ANSWER = Callable[[list[memoryview]], Sequence[Buffer]]
+JOIN_S = 60.0
+Answer = Callable[[list[memoryview]], Sequence[Buffer]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,20 +117,15 @@ def serve_experts(
     )
     server = ZmqServer(options.listen, keys=keys)
     pulse = PulseServer(pulse_address(server.address), keys=keys, progress=lambda: view.bytes_read)
-    has_joined = False
 
-    def join(body: dict[str, Any], answer: ANSWER) -> None:
-        nonlocal has_joined
+    def join(body: dict[str, Any], answer: Answer) -> Callable[[], None]:
         from moe_lightning.transport.tensorpipe_server import join_tensorpipe
 
+        host = host_towards(str(body.get("store_host")), listening=server.address)
         check_address(
-            f"tcp://{body.get('store_host')}:1",
-            option="the master's address",
-            keys=False,
-            insecure=options.insecure_network,
+            f"tcp://{host}:1", option="--listen", keys=False, insecure=options.insecure_network
         )
-        has_joined = True
-        join_tensorpipe(body, answer, timeout_s=60)
+        return join_tensorpipe(body, answer, host=host, timeout_s=JOIN_S).close
 
     session = WorkerSession(
         host,
@@ -142,17 +139,11 @@ def serve_experts(
     if on_listening is not None:
         on_listening(server.address)
 
-    def goes_on() -> bool:
-        # A process can take part in one TensorPipe session in its life.
-        return is_wanted() and session.watch_master() and not (has_joined and session.is_free)
-
     try:
-        server.serve(session.handle, goes_on)
+        server.serve(session.handle, lambda: is_wanted() and session.watch_master())
     finally:
         server.close()
         pulse.close()
-    if has_joined and not session.has_ended:
-        _start_again(options, server.address)
     return LOST_MASTER if session.has_lost_master else 0
 
 
@@ -176,8 +167,3 @@ def _leave_with_parent() -> None:
     while os.read(sys.stdin.fileno(), 4096):  # not through a buffer, whose lock outlives us
         pass
     os._exit(0)  # whatever the main thread is at: nobody wants its answer
-
-
-def _start_again(options: WorkerOptions, address: str) -> None:
-    arguments = replace(options, listen=address).to_arguments()
-    os.execv(sys.executable, [sys.executable, *arguments])

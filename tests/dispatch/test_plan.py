@@ -13,15 +13,15 @@ CPU = torch.device("cpu")
 PICKS_ROWS = {"rows picked": 0, "all rows to every slot": 10**9}
 
 
-def routes(experts_of_slot, num_experts, *, device=CPU, select_tokens=None):
-    return LayerRoutes(num_experts, experts_of_slot, device=device, select_tokens=select_tokens)
+def routes(experts_of_slot, num_experts, *, device=CPU, **options):
+    return LayerRoutes(num_experts, experts_of_slot, device=device, **options)
 
 
-def shares_of(experts_of_slot, index, *, select_tokens=None):
+def shares_of(experts_of_slot, index, **options):
     """Shares of a routing given as lists; pair (t, k) has the weight t + k / 10."""
     index_TK = torch.tensor(index)
     num_experts = 1 + max(max(experts) for experts in experts_of_slot.values())
-    layer = routes(experts_of_slot, num_experts, select_tokens=select_tokens)
+    layer = routes(experts_of_slot, num_experts, **options)
     shares = layer.shares(index_TK, weights_for(index_TK))
     return {share.slot: share for share in shares}
 
@@ -85,6 +85,50 @@ def test_an_expert_on_no_slot_is_a_mistake_of_ours():
         routes({0: (0, 2)}, 3)
 
 
+def test_experts_may_be_named_as_the_checkpoint_does():
+    shares = shares_of(TWO_SLOTS, [[0, 2], [1, 3], [2, 1]], numbering="logical")
+    # 4, the number of experts of the layer, stands for elsewhere.
+    assert as_lists(shares[0])[:2] == ([0, 2], [[0, 2], [2, 4]])
+    assert as_lists(shares[1])[:2] == ([1, 2], [[1, 3], [4, 1]])
+    whole = shares_of({2: (3, 1, 0, 2)}, [[0, 3], [2, 1]], numbering="logical")
+    assert as_lists(whole[2])[:2] == (None, [[0, 3], [2, 1]])
+
+
+# Pairs that are computed nowhere: those of a share, when it is split again.
+
+NOWHERE = 4
+
+
+@pytest.mark.parametrize(("numbering", "elsewhere"), [("local", 2), ("logical", 4)])
+def test_a_pair_that_is_computed_nowhere_is_on_no_slot(numbering, elsewhere):
+    index = [[0, NOWHERE], [NOWHERE, 3], [NOWHERE, NOWHERE]]
+    shares = shares_of(TWO_SLOTS, index, numbering=numbering)
+    three = {"local": 0, "logical": 3}[numbering]
+    assert as_lists(shares[0])[:2] == ([0], [[0, elsewhere]])
+    assert as_lists(shares[1])[:2] == ([1], [[elsewhere, three]])
+    assert shares_of(TWO_SLOTS, [[NOWHERE, NOWHERE]], numbering=numbering) == {}
+
+
+def test_a_pair_that_is_computed_nowhere_is_nobodys_load():
+    # Expert 0 is on both slots; slot 1 has expert 2's two rows, so it goes to slot 0 both times.
+    index = [[0, 2], [3, 2], [0, 3], [3, 3]]
+    shares = shares_of({0: (0, 1), 1: (0, 2)}, index)
+    assert as_lists(shares[0])[:2] == ([0, 2], [[0, 2], [0, 2]])
+    assert as_lists(shares[1])[:2] == ([0, 1], [[2, 1], [2, 1]])
+
+
+def test_a_share_can_be_split_again():
+    """As it is when the slot that it went to is lost."""
+    lost = shares_of({0: (0, 2), 1: (1, 3)}, [[0, 1], [3, 2]], numbering="logical")[1]
+    assert lost.index_RK.tolist() == [[4, 1], [3, 4]]
+    after = routes({0: (0, 1, 2), 2: (3,)}, 4, numbering="logical")
+    shares = {share.slot: share for share in after.shares(lost.index_RK, lost.weights_RK)}
+    assert as_lists(shares[0])[:2] == ([0], [[4, 1]])
+    assert shares[0].weights_RK.tolist() == [pytest.approx([0.0, 0.1])]
+    assert as_lists(shares[2])[:2] == ([1], [[3, 4]])
+    assert shares[2].weights_RK.tolist() == [pytest.approx([1.0, 1.1])]
+
+
 # Replicas.
 
 
@@ -140,7 +184,8 @@ def test_few_rows_are_planned_without_reading_anything_from_their_device():
 
 @st.composite
 def placed_routings(draw):
-    """Experts of each slot, in any order, and a routing of distinct experts per token."""
+    """Experts of each slot, in any order, and a routing of distinct experts per token, some of
+    whose pairs are computed nowhere."""
     num_experts = draw(st.integers(1, 6))
     num_slots = draw(st.integers(1, 5))
     every_slot = st.sets(st.integers(0, num_slots - 1), min_size=1)
@@ -153,37 +198,46 @@ def placed_routings(draw):
     top_k = draw(st.integers(1, num_experts))
     token = st.permutations(range(num_experts)).map(lambda experts: experts[:top_k])
     index = draw(st.lists(token, max_size=12))
-    return num_experts, experts_of_slot, torch.tensor(index, dtype=torch.int64).view(-1, top_k)
+    index_TK = torch.tensor(index, dtype=torch.int64).view(-1, top_k)
+    if draw(st.booleans()):
+        pairs = st.lists(st.booleans(), min_size=index_TK.numel(), max_size=index_TK.numel())
+        is_nowhere_TK = torch.tensor(draw(pairs), dtype=torch.bool).view_as(index_TK)
+        index_TK = index_TK.masked_fill(is_nowhere_TK, num_experts)
+    return num_experts, experts_of_slot, index_TK
 
 
+@pytest.mark.parametrize("numbering", ["local", "logical"])
 @pytest.mark.parametrize("select_tokens", PICKS_ROWS.values(), ids=PICKS_ROWS.keys())
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=75)
 @given(case=placed_routings(), is_transposed=st.booleans())
 def test_every_pair_is_computed_exactly_once_where_its_expert_is(
-    select_tokens, case, is_transposed
+    select_tokens, numbering, case, is_transposed
 ):
     num_experts, experts_of_slot, index_TK = case
     if is_transposed:  # the same values in another order of memory
         index_TK = index_TK.t().contiguous().t()
-    layer = routes(experts_of_slot, num_experts, select_tokens=select_tokens)
+    layer = routes(experts_of_slot, num_experts, select_tokens=select_tokens, numbering=numbering)
     shares = layer.shares(index_TK, weights_for(index_TK))
     computed = []
     for share in shares:
         experts = experts_of_slot[share.slot]
+        names = range(num_experts) if numbering == "logical" else experts
         tokens = range(index_TK.shape[0]) if share.token_R is None else share.token_R.tolist()
         assert len(tokens) == share.index_RK.shape[0] == share.weights_RK.shape[0]
-        for token, locals_, weights in zip(
+        for token, named, weights in zip(
             tokens, share.index_RK.tolist(), share.weights_RK.tolist(), strict=True
         ):
-            here = [k for k, local in enumerate(locals_) if local != len(experts)]
+            here = [k for k, name in enumerate(named) if name != len(names)]
             assert here or select_tokens, "a row came for nothing"
             for k in here:
                 assert weights[k] == pytest.approx(token + k / 10)
-                computed.append((token, k, experts[locals_[k]]))
+                assert names[named[k]] in experts
+                computed.append((token, k, names[named[k]]))
     assert sorted(computed) == [
         (token, k, expert)
         for token, experts in enumerate(index_TK.tolist())
         for k, expert in enumerate(experts)
+        if expert < num_experts
     ]
     again = layer.shares(index_TK, weights_for(index_TK))
     assert [as_lists(share) for share in again] == [as_lists(share) for share in shares]

@@ -123,7 +123,7 @@ def believes_in_sizes(frames: Frames) -> Message:
 
 def allocates_what_is_claimed(frames: Frames) -> Message:
     if frames and len(frames[0]) >= 32:
-        bytearray(min(int.from_bytes(frames[0][28:32], "little"), 2**26))
+        bytearray(min(int.from_bytes(frames[0][28:32], "little"), 2**24))
     return parse(frames)
 
 

@@ -10,9 +10,6 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, os.path.dirname(__file__))
-
 from echo_worker import SESSION
 
 from moe_lightning.transport.keys import Keys, new_keys
@@ -24,9 +21,10 @@ class EchoWorker:
     """A process of `echo_worker.py`, from its parent's side."""
 
     def __init__(self, transport, handler, address, keys_dir=None):
+        script = Path(__file__).with_name("echo_worker.py")
+        arguments = [transport, handler, address] + ([] if keys_dir is None else [str(keys_dir)])
         self.process = subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("echo_worker.py"))]
-            + [transport, handler, address, *([] if keys_dir is None else [str(keys_dir)])],
+            [sys.executable, str(script), *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

@@ -59,7 +59,7 @@ class TcpProxy:
                     return
                 _cut(near)
                 continue
-            cut = self._cuts[self.num_connections] if self.num_connections < len(self._cuts) else None
+            cut = self._cuts.pop(0) if self._cuts else None
             self.num_connections += 1
             self._sockets += [near, far]
             if self._is_closed:

@@ -1,7 +1,6 @@
-"""A worker of the tensorpipe transport as a process, controlled by lines over its pipes.
+"""A process that can be the worker or the master of a tensorpipe session, told by lines of JSON.
 
-As a module it starts such processes; as a script it is one. The first frame of a request says what
-to do with it: ``raise``, ``drop``, ``sleep`` (for the seconds in the second frame), else echo.
+As a module it starts such processes and talks to them; as a script it is one.
 """
 
 import json
@@ -11,110 +10,132 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
 from contextlib import suppress
-from typing import Any
 
-from typing_extensions import Buffer
+import psutil
 
 
-class TensorPipeWorker:
-    """The process, as its parent sees it."""
+class TensorPipeProcess:
+    """The process, as its parent sees it. Its log is the parent's."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         self.process = subprocess.Popen(
             [sys.executable, __file__],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
             text=True,
             env=os.environ | {"OMP_NUM_THREADS": "1"},
         )
         self._talking = threading.Lock()
-        self.complaints: list[str] = []
-        # Read all the time: a full pipe would stop the worker.
-        threading.Thread(target=self._listen, daemon=True).start()
 
-    def _listen(self) -> None:
-        assert self.process.stderr is not None
-        for line in self.process.stderr:
-            self.complaints.append(line)
+    def order(self, verb, **options):
+        """Have it do something, see `_Served`, without waiting."""
+        self.process.stdin.write(json.dumps({"verb": verb} | options) + "\n")
+        self.process.stdin.flush()
 
-    def tell(self, **request: Any) -> Any:
-        """Send a request and wait for its result; an exception there is a RuntimeError here."""
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        with self._talking:
-            self.process.stdin.write(json.dumps(request) + "\n")
-            self.process.stdin.flush()
-            line = self.process.stdout.readline()
+    def reply(self):
+        """Wait for the result; an exception there is a RuntimeError here."""
+        line = self.process.stdout.readline()
         if not line:
-            raise RuntimeError(f"worker process {self.process.pid} is gone")
+            raise RuntimeError(f"process {self.process.pid} is gone")
         reply = json.loads(line)
         if "error" in reply:
             raise RuntimeError(reply["error"])
         return reply["result"]
 
-    def join(self, body: dict[str, object], timeout_s: float = 20) -> None:
-        self.tell(verb="join", body=body, timeout_s=timeout_s)
+    def tell(self, verb, **options):
+        with self._talking:
+            self.order(verb, **options)
+            return self.reply()
 
-    def kill(self, number: int = signal.SIGKILL) -> None:
+    def join(self, body, **options):
+        return self.tell("join", body=body, **options)
+
+    def open(self, worker, host="127.0.0.1"):
+        """Have it open a session with a worker process."""
+        self.order("open", host=host)
+        worker.join(self.reply(), host=host)
+        self.order("joined")
+        self.reply()
+
+    def signal(self, number):
         self.process.send_signal(number)
 
-    def end(self) -> None:
+    def listening(self):
+        return listening(self.process.pid)
+
+    def end(self):
         with suppress(ProcessLookupError):
             self.process.send_signal(signal.SIGCONT)
         self.process.kill()
         self.process.wait()
+        for pipe in (self.process.stdin, self.process.stdout):
+            with suppress(OSError):
+                pipe.close()
 
 
-class _Worker:
-    """The process, as it sees itself."""
+def listening(pid):
+    """Sorted addresses, without ports, on which a process listens."""
+    return sorted(
+        connection.laddr.ip
+        for connection in psutil.Process(pid).net_connections("inet")
+        if connection.status == psutil.CONN_LISTEN
+    )
 
-    def __init__(self) -> None:
-        self.endpoint: Any = None
-        self.num_handled = 0
-        self.num_in_handler = 0
-        self.most_in_handler = 0
 
-    def handle(self, frames: list[memoryview]) -> Sequence[Buffer] | None:
-        self.num_in_handler += 1
-        self.most_in_handler = max(self.most_in_handler, self.num_in_handler)
-        try:
-            word = bytes(frames[0]) if frames else b""
-            if word == b"raise":
-                raise ValueError("the handler fails: prøve 日本")
-            if word == b"sleep":
-                time.sleep(float(bytes(frames[1])))
-            self.num_handled += 1
-            return None if word == b"drop" else frames
-        finally:
-            self.num_in_handler -= 1
+class _Served:
+    """What the process can be told to do."""
 
-    def join(self, body: dict[str, object], timeout_s: float, host: str = "127.0.0.1") -> None:
+    def __init__(self):
+        self.endpoint = None
+        self.transport = None
+
+    def handle(self, frames):
+        """Echo, after the seconds that a first frame `sleep` has in the second one."""
+        if bytes(frames[0]) == b"sleep":
+            time.sleep(float(bytes(frames[1])))
+        return frames
+
+    def join(self, body, host="127.0.0.1", timeout_s=20):
         from moe_lightning.transport.tensorpipe_server import join_tensorpipe
 
         self.endpoint = join_tensorpipe(body, self.handle, host=host, timeout_s=timeout_s)
 
-    def close(self) -> None:
-        self.endpoint.close()
+    def open(self, host, timeout_s=20):
+        """As a master: replies with the body of "join" and, after the verb `joined`, when open."""
+        from moe_lightning.transport.tensorpipe import TensorPipeTransport
 
-    def counts(self) -> dict[str, int]:
-        return {
-            "handled": self.num_handled,
-            "most_in_handler": self.most_in_handler,
-            "threads": len(os.listdir("/proc/self/task")),
-        }
+        def join(_, body):
+            print(json.dumps({"result": body}), flush=True)
+            sys.stdin.readline()
 
-    def main(self) -> None:
-        for line in sys.stdin:
-            request = json.loads(line)
-            try:
-                reply = {"result": getattr(self, request.pop("verb"))(**request)}
-            except Exception as error:
-                reply = {"error": f"{type(error).__name__}: {error}"}
-            print(json.dumps(reply), flush=True)
+        self.transport = TensorPipeTransport.open(
+            host,
+            ["the worker"],
+            join=join,
+            lost=lambda _: None,
+            give_up=lambda _, reason: None,
+            timeout_s=timeout_s,
+        )
+
+    def ask(self, text, num_bytes):
+        """As a master: ask the worker, and wait for nothing."""
+        self.transport.ask(0, 1, [*map(str.encode, text.split()), bytearray(num_bytes)])
+
+    def close(self):
+        (self.endpoint or self.transport).close()
+
+
+def main():
+    served = _Served()
+    for line in sys.stdin:
+        request = json.loads(line)
+        try:
+            reply = {"result": getattr(served, request.pop("verb"))(**request)}
+        except Exception as error:
+            reply = {"error": f"{type(error).__name__}: {error}"}
+        print(json.dumps(reply), flush=True)
 
 
 if __name__ == "__main__":
-    _Worker().main()
+    main()

@@ -414,6 +414,13 @@ def test_a_failures_text_is_short_utf8() -> None:
             parse([header, text])
 
 
+@pytest.mark.parametrize("count", [0, 6, 7, 10_000])
+def test_numbers_of_frames_that_no_message_has(count: int) -> None:
+    """Refused before anything is looked at."""
+    with pytest.raises(MalformedMessage, match=f"^{count} frames$"):
+        parse(["no buffer"] * count)  # type: ignore[list-item]
+
+
 @samples
 def test_every_wrong_number_of_frames(message: Message) -> None:
     frames = as_bytes(message.frames())
@@ -501,10 +508,15 @@ def test_a_claim_costs_nothing(num_rows: int, payload: bytes) -> None:
         b'{"a":[' + b"{}," * (2**20) + b"0]}",
         b'{"a":[' + b"-9," * (2**20) + b"0]}",
         b"{" + b'"a":1,' * (2**20) + b'"a":1}',
+        b'{"a":[' + b"[[[[[[[]]]]]]]," * 2**17 + b"0]}",
+        b'{"a":[' + b'{"a":{"a":{}}},' * 2**18 + b"0]}",
         b"[" * 2**24,
         b'{"a":' * 2**20,
     ],
-    ids=["lists", "objects", "integers", "doubled keys", "depth of lists", "depth of objects"],
+    ids=[
+        *("lists", "objects", "integers", "doubled keys", "lists in lists", "objects in objects"),
+        *("depth of lists", "depth of objects"),
+    ],
 )
 def test_a_body_that_would_grow_is_not_read(body: bytes) -> None:
     """Text alone: 3 MiB of these would be 70 MiB of objects."""

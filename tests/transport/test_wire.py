@@ -220,6 +220,14 @@ def test_any_finite_rows_arrive_finite(rows: list[list[float]]) -> None:
     assert torch.equal(arrive(rows_RD, F32), rows_RD)
 
 
+def test_int8_rows_below_what_float32_holds_well_arrive_as_zeros() -> None:
+    rows_RD = torch.tensor([[1.4e-36, -1e-37], [-1e-37, 1e-45], [2**-119, -(2**-120)]])
+    encoded = encode(rows_RD, INT8)
+    assert encoded.scales is not None
+    assert encoded.scales.tolist()[:2] == [1.0, 1.0]
+    assert encoded.rows.tolist() == [[0, 0], [0, 0], [127, -64]]  # -63.5 to even
+
+
 @pytest.mark.parametrize("wire", [F32, BF16, F16, INT8])
 def test_zeros_arrive_as_zeros(wire: WireDtype) -> None:
     rows_RD = torch.zeros(3, 4)
