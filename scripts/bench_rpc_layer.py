@@ -101,11 +101,14 @@ def measure_layer(
         for master in masters.values():
             master.wait_until_ready()
         ours = {n: how for n, how in OURS.items() if how[0] in masters}
-        told = {
-            name: _tell(masters[transport].ask(do="tell", how=how), sizes.num_workers)
-            for name, (transport, how) in ours.items()
-        }
-        amounts, _ = told[ONE_MESSAGE]
+
+        def tell() -> dict[str, Any]:
+            return {
+                name: _tell(masters[transport].ask(do="tell", how=how), sizes.num_workers)
+                for name, (transport, how) in ours.items()
+            }
+
+        amounts, _ = tell()[ONE_MESSAGE]
         turns = {
             name: partial(_seconds, masters[transport], do="time", how=how)
             for name, (transport, how) in ours.items()
@@ -117,6 +120,7 @@ def measure_layer(
         progress(f"layer, {place.name}: everybody is ready")
         race(turns, seconds=0.0, title="warm-up")
         times = race(turns, seconds=seconds, title=f"layer, {place.name}")
+        told = tell()  # of a warm run
     rows = []
     for name, times_s in times.items():
         counted, parts_ms = told.get(name, (amounts if name == ECHO else None, None))

@@ -1,6 +1,6 @@
 """The strategy of a master that is watched: ``moe_rpc``, and marks in a file that say how far it is.
 
-    began ─▶ met ─▶ ready ─▶ (prefill ─▶ decode) ... ─▶ done ─▶ left        lost, adopted: any time
+began ─▶ met ─▶ ready ─▶ (prefill ─▶ decode) ... ─▶ done ─▶ left        lost, adopted: any time
 """
 
 import json

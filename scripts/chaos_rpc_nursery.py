@@ -1,6 +1,6 @@
 """Processes of the command line that start in a moment: forked from one that has imported it all.
 
-    Nursery ── {"arguments", "log", "environ"} ──▶ this file as a process ── fork ──▶ main(arguments)
+    Nursery ── {"arguments", "log", "environ"} ──▶ this file as a process ── fork ──▶ the verb
             ◀── {"pid"}, {"pid", "code", "at_s"} ─┘
 
 Importing torch and what comes with it takes 4 s of CPU. The process that is forked has imported it

@@ -1,6 +1,6 @@
 """What is done to a run, drawn by a seed: whom it strikes, how, and at which moment.
 
-    began ── start ── met ── load ── ready ── prefill ── decode ── (prefill ...) ── done ── end ── left
+began ── start ── met ── load ── ready ── prefill ── decode ── (prefill ...) ── done ── end ── left
 """
 
 import random
@@ -88,6 +88,7 @@ def draw(
     starts: Sequence[Start],
     num_workers: int,
     timeout_s: float,
+    tasks: Sequence[TaskName],
 ) -> Plan:
     """Draw a plan; a function of its arguments.
 
@@ -99,6 +100,7 @@ def draw(
         starts: Which ways to start, in turns.
         num_workers: How many workers.
         timeout_s: Longest silence of a worker that is not lost.
+        tasks: What may be computed; the first one mostly.
 
     Returns:
         The plan.
@@ -106,7 +108,7 @@ def draw(
     dice = random.Random(f"{seed} {number}")
     start = starts[number % len(starts)]
     transport = transports[number // len(starts) % len(transports)]
-    task: TaskName = "Score" if dice.random() < 0.2 else "Generate"
+    task = tasks[0] if dice.random() < 0.8 else dice.choice(tasks)
     sort: Sort = _SORTS.get(number % 10, "one")
     if (sort == "two" and num_workers < 3) or (sort == "replicas" and num_workers < 2):
         sort = "one"
@@ -122,7 +124,7 @@ def draw(
     ]
     struck = dice.sample(range(num_workers), 2 if sort == "two" else 1)
     faults = [
-        _draw_fault(dice, worker, allowed, is_mild=sort == "one", task=task, timeout_s=timeout_s)
+        _draw_fault(dice, worker, allowed, sort=sort, task=task, timeout_s=timeout_s)
         for worker in struck
     ]
     order = list(_STAGES)
@@ -135,7 +137,7 @@ def _draw_fault(
     worker: int,
     kinds: Sequence[Kind],
     *,
-    is_mild: bool,
+    sort: Sort,
     task: TaskName,
     timeout_s: float,
 ) -> Fault:
@@ -143,8 +145,11 @@ def _draw_fault(
     stages = dict(_STAGES)
     if task == "Score":
         del stages["decode"]
+    is_mild = sort == "one"
     if not is_mild:  # so that it counts
         del stages["start"], stages["end"]
+    if sort == "replicas":  # what is read after that was not to be read
+        del stages["load"]
     (stage,) = dice.choices(list(stages), list(stages.values()))
     fault = Fault(kind, worker, stage, turn=dice.random(), fraction=dice.random())
     if kind != "stop" or not is_mild or dice.random() < 0.4:

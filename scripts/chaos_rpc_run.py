@@ -1,144 +1,18 @@
-"""One run of a real master with real workers, what is done to it, and whether it bore that."""
+"""One run of a real master with real workers, and what is done to it."""
 
 import json
+import math
 import os
 import signal
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from chaos_rpc_nursery import Child, Nursery
-from chaos_rpc_plan import Fault, Plan, Stage
+from chaos_rpc_plan import Fault, Plan
+from chaos_rpc_record import Mark, Run, Setting, Strike
 from chaos_rpc_team import HandWorker, LocalWorkers, is_alive, wait_until
 
 LOOK_S = 0.005
-# The first mark of each stage, and those that end it.
-STAGES: dict[Stage, tuple[str, tuple[str, ...]]] = {
-    "start": ("", ("met",)),
-    "load": ("met", ("ready",)),
-    "prefill": ("prefill", ("decode", "prefill", "done")),
-    "decode": ("decode", ("prefill", "done")),
-    "end": ("done", ("left",)),
-}
-
-
-@dataclass(frozen=True, slots=True)
-class Mark:
-    """How far the master is: what happened, when, and what it said."""
-
-    name: str
-    at_s: float
-    text: str
-
-
-@dataclass(frozen=True, slots=True)
-class Setting:
-    """What all runs have in common.
-
-    Attributes:
-        nursery: Where masters are born.
-        directory: Where everything goes.
-        checkpoint: The model.
-        rows: File of the rows.
-        num_tokens: How many tokens Generate makes.
-        batch_tokens: Tokens of a batch.
-        timeout_s: Longest silence of a worker that is not lost.
-        join_timeout_s: Longest wait for workers, by the way they start.
-    """
-
-    nursery: Nursery
-    directory: Path
-    checkpoint: str
-    rows: Path
-    num_tokens: int
-    batch_tokens: int
-    timeout_s: float
-    join_timeout_s: dict[str, float]
-
-    def command(self, task: str, output_dir: Path, *options: object) -> list[str]:
-        """The command line of a run."""
-        return [
-            *("predict", "--model.checkpoint", self.checkpoint, "--output_dir", str(output_dir)),
-            *("--data.input", str(self.rows), "--data.max_batch_tokens", str(self.batch_tokens)),
-            *("--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"),
-            *("--model.task", task),
-            *(("--model.task.max_new_tokens", str(self.num_tokens)) if task == "Generate" else ()),
-            *map(str, options),
-        ]
-
-
-@dataclass(slots=True)
-class Strike:
-    """A fault that has happened.
-
-    Attributes:
-        fault: What.
-        at_s: When.
-        name: Address of the worker; the master's is empty.
-        awake_at_s: When a stopped worker was woken.
-    """
-
-    fault: Fault
-    at_s: float
-    name: str
-    awake_at_s: float = float("inf")
-
-
-@dataclass(slots=True)
-class Run:
-    """What came of a plan.
-
-    Attributes:
-        plan: The plan.
-        directory: Its files.
-        master: The master's process, which has ended.
-        marks: Its marks.
-        strikes: The faults that happened; the master may have been done before.
-        names: Addresses of the workers.
-        orphans_s: How long local workers outlived the master.
-    """
-
-    plan: Plan
-    directory: Path
-    master: Child
-    marks: list[Mark] = field(default_factory=list)
-    strikes: list[Strike] = field(default_factory=list)
-    names: dict[int, str] = field(default_factory=dict)
-    orphans_s: float = 0.0
-
-    @property
-    def output(self) -> Path:
-        """What the master wrote."""
-        return self.directory / "out"
-
-    @property
-    def run_s(self) -> float:
-        """How long the master was there."""
-        return self.master.end_s - self.master.start_s
-
-    def when(self, name: str) -> float:
-        """When a mark was made first; infinity if never."""
-        return next((mark.at_s for mark in self.marks if mark.name == name), float("inf"))
-
-    def stage(self, stage: Stage) -> list[tuple[float, float]]:
-        """Beginnings and ends of a stage; of the first process's begin is the run's."""
-        first, last = STAGES[stage]
-        begins = [(n, m.at_s) for n, m in enumerate(self.marks) if m.name == first]
-        if not first:
-            begins = [(-1, self.master.start_s)]
-        spans = []
-        for number, at_s in begins:
-            ends = [m.at_s for m in self.marks[number + 1 :] if m.name in last]
-            spans.append((at_s, ends[0] if ends else self.master.end_s))
-        return spans
-
-    def lost_at_s(self, strike: Strike) -> float:
-        """When the master gave the struck worker up; infinity if it did not."""
-        lost = f"worker {strike.name} is lost"
-        at_s = (m.at_s for m in self.marks if m.name == "lost" and m.text.startswith(lost))
-        return next(at_s, float("inf"))
 
 
 class Runner:
@@ -153,13 +27,13 @@ class Runner:
         self.setting = setting
         self.team = team
 
-    def carry_out(self, plan: Plan, options: Sequence[object], lengths: "Run | None") -> Run:
+    def carry_out(self, plan: Plan, options: Sequence[object], usual: Run | None) -> Run:
         """Start a master and have the plan's faults happen.
 
         Args:
             plan: The plan.
             options: More options of the master's.
-            lengths: A run without faults, by which moments are chosen; None if there are none.
+            usual: A run without faults, by which moments are chosen; None if there are none.
 
         Returns:
             What came of it. Stopped workers that were to be woken later still sleep.
@@ -184,17 +58,18 @@ class Runner:
         master = setting.nursery.start(
             command, log=directory / "master.log", environ={"CHAOS_MARKS": str(marks)}
         )
-        run = Run(plan, directory, master)
+        run = Run(plan, directory, master, num_freed=[worker.num_freed for worker in self.team])
         local = LocalWorkers(master)
         victims = _Victims(run, self.team, local)
-        limit_s = 60 + join_timeout_s + (5 * lengths.run_s if lengths is not None else 0)
-        _attend(run, marks, lengths, victims, limit_s=limit_s)
-        run.names = victims.names
+        limit_s = 60 + join_timeout_s + (5 * usual.run_s if usual is not None else 0)
+        _attend(run, marks, usual, victims, limit_s=limit_s)
         if plan.start == "local":
             wait_until(lambda: not local.alive(), 30)
-            run.orphans_s = time.monotonic() - master.end_s if not local.alive() else float("inf")
+            run.orphans_s = time.monotonic() - master.end_s if not local.alive() else math.inf
             for pid in local.alive():
                 os.kill(pid, signal.SIGKILL)
+        elif run.bytes_before is not None:
+            run.bytes_after = victims.bytes_read(plan.faults[0].worker)
         return run
 
 
@@ -205,24 +80,40 @@ class _Victims:
         self._run = run
         self._team = team
         self._local = local
+        self._is_local = run.plan.start == "local"
         self._sleeping: dict[int, Strike] = {}
-        self.names = {
-            n: worker.address
-            for n, worker in enumerate(team[: run.plan.num_workers])
-            if run.plan.start == "hand"
-        }
+        if not self._is_local:
+            run.names = {n: each.address for n, each in enumerate(team[: run.plan.num_workers])}
 
     def look(self) -> None:
-        """See which workers are there, and wake whom it is time to wake."""
-        if self._run.plan.start == "local" and len(self.names) < self._run.plan.num_workers:
+        """See which workers are there."""
+        if self._is_local and len(self._run.names) < self._run.plan.num_workers:
             self._local.look()
-            self.names = {n: self._local.address(n) for n in self._local.pids}
+            self._run.names = {n: self._local.address(n) for n in self._local.pids}
+
+    def wake(self) -> bool:
+        """Wake whom it is time to wake.
+
+        Returns:
+            Whether all who were to be woken are awake.
+        """
         for pid, strike in list(self._sleeping.items()):
-            if time.monotonic() - strike.at_s >= (strike.fault.awake_s or float("inf")):
+            if time.monotonic() - strike.at_s >= (strike.fault.awake_s or 0):
                 del self._sleeping[pid]
                 strike.awake_at_s = time.monotonic()
                 if is_alive(pid):
                     os.kill(pid, signal.SIGCONT)
+        return not self._sleeping
+
+    def _counts_bytes(self) -> bool:
+        plan = self._run.plan
+        is_loaded = any(mark.name == "ready" for mark in self._run.marks)
+        return not self._is_local and is_loaded and len(plan.faults) == 1 < plan.num_workers
+
+    def bytes_read(self, but: int) -> int:
+        """Bytes of weights that all workers but one have read."""
+        team = self._team[: self._run.plan.num_workers]
+        return sum(worker.bytes_read() for n, worker in enumerate(team) if n != but)
 
     def strike(self, fault: Fault) -> bool:
         """Have a fault happen.
@@ -230,62 +121,61 @@ class _Victims:
         Returns:
             Whether there was somebody to strike.
         """
+        run = self._run
         if fault.kind == "kill_master":
-            if len(self.names) < self._run.plan.num_workers:
-                return False
-            self._run.strikes.append(Strike(fault, time.monotonic(), ""))
-            self._run.master.send(signal.SIGKILL)
+            run.strikes.append(Strike(fault, time.monotonic(), ""))
+            run.master.send(signal.SIGKILL)
             return True
-        if fault.worker not in self.names:
+        if fault.worker not in run.names:
             return False
-        is_local = self._run.plan.start == "local"
-        if is_local:
+        if self._is_local:
             pid = self._local.pids[fault.worker]
         else:
             pid = self._team[fault.worker].child.pid
         if not is_alive(pid):
-            return not self._run.master.is_there
-        strike = Strike(fault, time.monotonic(), self.names[fault.worker])
-        self._run.strikes.append(strike)
+            return False
+        if self._counts_bytes():
+            run.bytes_before = self.bytes_read(fault.worker)
+        strike = Strike(fault, time.monotonic(), run.names[fault.worker])
+        run.strikes.append(strike)
         os.kill(pid, signal.SIGSTOP if fault.kind == "stop" else signal.SIGKILL)
         if fault.kind == "stop" and fault.awake_s is not None:
             self._sleeping[pid] = strike
         if fault.kind == "restart":
-            worker = self._team[fault.worker]
-            worker.kill()
-            worker.start()
+            self._team[fault.worker].kill()
+            self._team[fault.worker].start()
         return True
 
 
-def _attend(
-    run: Run, marks: Path, lengths: Run | None, victims: _Victims, *, limit_s: float
-) -> None:
+def _attend(run: Run, marks: Path, usual: Run | None, victims: _Victims, *, limit_s: float) -> None:
     """Be there until the master has ended, and strike when it is time."""
     waiting = list(run.plan.faults)
-    due: Callable[[Fault], float] = lambda fault: _due_s(run, fault, lengths)  # noqa: E731
+    before_s = time.monotonic()
     while run.master.is_there:
         run.marks = _read(marks)
         victims.look()
-        if waiting and time.monotonic() >= due(waiting[0]) and victims.strike(waiting[0]):
+        victims.wake()
+        is_due = waiting and time.monotonic() >= _due_s(run, waiting[0], usual)
+        if is_due and victims.strike(waiting[0]):
             waiting.pop(0)
         if time.monotonic() - run.master.start_s > limit_s:
             run.master.end()
         time.sleep(LOOK_S)
+        now_s = time.monotonic()
+        run.lag_s = max(run.lag_s, now_s - before_s - 2 * LOOK_S)
+        before_s = now_s
     run.marks = _read(marks)
-    # Who is to be woken is, even if nobody waits for him any more.
-    wait_until(lambda: bool(victims.look()) or not victims._sleeping, 600)
+    wait_until(victims.wake, math.inf)
 
 
-def _due_s(run: Run, fault: Fault, lengths: Run | None) -> float:
+def _due_s(run: Run, fault: Fault, usual: Run | None) -> float:
     """When a fault is to happen; infinity as long as its stage has not begun."""
-    if lengths is None:
-        return float("inf")
-    usual = lengths.stage(fault.stage)
-    turn = min(int(fault.turn * len(usual)), len(usual) - 1)
-    begun = run.stage(fault.stage)
+    assert usual is not None, "who strikes must know when"
+    spans, begun = usual.stage(fault.stage), run.stage(fault.stage)
+    turn = min(int(fault.turn * len(spans)), len(spans) - 1)
     if turn >= len(begun):
-        return float("inf")
-    begin_s, end_s = usual[turn]
+        return math.inf
+    begin_s, end_s = spans[turn]
     return begun[turn][0] + fault.fraction * (end_s - begin_s)
 
 
@@ -293,5 +183,4 @@ def _read(path: Path) -> list[Mark]:
     if not path.exists():
         return []
     whole, _, _unfinished = path.read_text().rpartition("\n")
-    said: list[dict[str, Any]] = [json.loads(line) for line in whole.splitlines()]
-    return [Mark(**each) for each in said]
+    return [Mark(**json.loads(line)) for line in whole.splitlines()]

@@ -58,14 +58,13 @@ class HandWorker:
         Returns:
             Whether it does.
         """
-        return wait_until(
-            lambda: self._count(_LISTENING) >= self._num_listening or not self.child.is_there,
-            START_S,
-        ) and self.child.is_there
-
-    def expect_new_start(self) -> None:
-        """It is going to start itself again, as after a session of TensorPipe."""
-        self._num_listening += 1
+        return (
+            wait_until(
+                lambda: self._count(_LISTENING) >= self._num_listening or not self.child.is_there,
+                START_S,
+            )
+            and self.child.is_there
+        )
 
     def bytes_read(self) -> int:
         """Bytes of weights that it has read since its process began, by its pulse."""

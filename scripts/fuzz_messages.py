@@ -37,7 +37,7 @@ from moe_lightning.transport.messages import (
     parse,
 )
 
-MAX_RSS_GROWTH_MB = 64
+MAX_RSS_GROWTH_MB = 256  # a body of 2**20 values is read, and takes some 80
 MAX_MEMORY = (2**15, 100)  # bytes whatever the message, and bytes for each of its own
 MEASURED = 50  # the memory of one in so many is measured: tracing costs more than reading
 

@@ -5,8 +5,10 @@ import shlex
 import sys
 from collections.abc import Sequence
 
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
+from moe_lightning.cli.plain_words import plain_words
+from moe_lightning.errors import UsageError
 from moe_lightning.experts.names import BackendName
 from moe_lightning.transport.keys import new_keys
 from moe_lightning.workers.worker import WorkerOptions, offer, serve_experts
@@ -20,8 +22,15 @@ def run(arguments: Sequence[str]) -> int:
 
     Returns:
         0 when told to leave; 6 if the only master that it was to serve is gone.
+
+    Raises:
+        UsageError: If an option is wrong.
+        CheckpointError: If the checkpoint cannot be used.
     """
-    options = _parser().parse_args(list(arguments))
+    try:
+        options = _parser().parse_args(list(arguments))
+    except ArgumentError as error:
+        raise UsageError(f"{plain_words(str(error))}\nSee all options with --help.") from error
     if options.new_keys is not None:
         new_keys(options.new_keys)
         print(_what_next(options))
@@ -51,6 +60,7 @@ def run(arguments: Sequence[str]) -> int:
 def _parser() -> ArgumentParser:
     parser = ArgumentParser(
         prog="python -m moe_lightning worker",
+        exit_on_error=False,
         description="Serve experts to a master that runs with --trainer.strategy moe_rpc, until "
         "Ctrl-C or SIGTERM. One master at a time.",
     )

@@ -11,7 +11,7 @@ and it hands it over when it has to wait. Who waits longest gets it next.
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -20,6 +20,7 @@ import torch
 from moe_lightning.dispatch.thread_modes import ThreadModes, use_threads
 
 T = TypeVar("T")
+LOOK_AGAIN_S = 0.1
 
 
 class Interleaver:
@@ -34,8 +35,6 @@ class Interleaver:
     def __init__(self, *, min_tokens: int, num_parts: int = 2) -> None:
         self.min_tokens = min_tokens
         self.num_parts = num_parts
-        self._baton = _Baton()
-        self._is_stopping = False
         self._mine = threading.local()
         self._pool = ThreadPoolExecutor(max(1, num_parts - 1), thread_name_prefix="part")
 
@@ -48,75 +47,86 @@ class Interleaver:
 
         Returns:
             What they returned.
+
+        Raises:
+            BaseException: What the first part to fail raised; the others stop at their next turn.
         """
-        modes, num_threads = ThreadModes(), torch.get_num_threads()
+        assert len(parts) <= self.num_parts, "each part needs a thread"
+        modes, num_threads, baton = ThreadModes(), torch.get_num_threads(), _Baton()
 
         def elsewhere(part: Callable[[], T]) -> T:
             if torch.get_num_threads() != num_threads:
                 use_threads(num_threads)
             with modes.applied():
-                return self._with_baton(part)
+                return self._compute(part, baton)
 
-        assert len(parts) <= self.num_parts, "each part needs a thread"
-        self._is_stopping = False
-        futures = [self._pool.submit(elsewhere, part) for part in parts[1:]]
+        futures: list[Future[T]] = []
         try:
-            return [self._with_baton(parts[0]), *(future.result() for future in futures)]
-        except BaseException:
-            self._is_stopping = True
+            for part in parts[1:]:
+                futures.append(self._pool.submit(elsewhere, part))
+            return [self._compute(parts[0], baton), *(future.result() for future in futures)]
+        except BaseException as error:
+            baton.drop(error)
             for future in futures:  # nothing runs on behind the caller's back
                 if not future.cancel():
                     future.exception()
+            if isinstance(error, _StoppedError) and baton.failure is not None:
+                raise baton.failure from None
             raise
 
-    def _with_baton(self, part: Callable[[], T]) -> T:
-        with self._baton:
-            self._mine.has_baton = True
+    def _compute(self, part: Callable[[], T], baton: "_Baton") -> T:
+        with baton:
+            self._mine.baton = baton
             try:
                 return part()
+            except BaseException as error:
+                baton.drop(error)
+                raise
             finally:
-                self._mine.has_baton = False
+                self._mine.baton = None
 
     @contextmanager
     def away(self) -> Iterator[None]:
         """Let other parts compute during the block, which only waits."""
-        if not getattr(self._mine, "has_baton", False):
+        baton: _Baton | None = getattr(self._mine, "baton", None)
+        if baton is None:
             yield
             return
-        self._baton.release()
+        baton.release()
         try:
             yield
         finally:
-            self._baton.acquire()
-        if self._is_stopping:
-            raise RuntimeError("another part of the batch has failed")
+            baton.acquire()
+
+
+class _StoppedError(RuntimeError):
+    """Another part of the batch has failed."""
 
 
 class _Baton:
-    """A lock that is given to who waits longest, so that parts stay in their order."""
+    """A lock that is given to who waits longest, so that parts stay in their order.
+
+    Once a part has failed it is dropped, and whoever comes for it is stopped. That needs nobody to
+    hand it on: an interrupt may come at any moment, and then nobody does.
+    """
 
     def __init__(self) -> None:
+        self.failure: BaseException | None = None
         self._mutex = threading.Lock()
         self._is_taken = False
         self._waiting: deque[threading.Lock] = deque()
 
     def acquire(self) -> None:
         with self._mutex:
-            if not self._is_taken:
-                self._is_taken = True
-                return
             turn = threading.Lock()
-            turn.acquire()
-            self._waiting.append(turn)
-        interrupt = None
-        has_turn = False
-        while not has_turn:  # whoever is next in the queue must take it
-            try:
-                has_turn = turn.acquire()
-            except KeyboardInterrupt as error:
-                interrupt = error
-        if interrupt is not None:
-            raise interrupt
+            if self._is_taken:
+                turn.acquire()
+                self._waiting.append(turn)
+            self._is_taken = True
+        while self.failure is None and not turn.acquire(timeout=LOOK_AGAIN_S):
+            pass
+        if self.failure is not None:
+            raise _StoppedError("another part of the batch has failed")
 
     def release(self) -> None:
         with self._mutex:
@@ -125,12 +135,12 @@ class _Baton:
             else:
                 self._is_taken = False
 
+    def drop(self, failure: BaseException) -> None:
+        with self._mutex:
+            self.failure = self.failure or failure
+
     def __enter__(self) -> None:
-        try:
-            self.acquire()
-        except KeyboardInterrupt:
-            self.release()
-            raise
+        self.acquire()
 
     def __exit__(self, *_: object) -> None:
         self.release()

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies.launchers.launcher import _Launcher
@@ -149,10 +150,18 @@ class RPCLauncher(_Launcher):
             checkpoint,
             listen=listen,
             keys=None if strategy.keys is None else str(strategy.keys),
+            device=_device(strategy.root_device, world),
             threads=strategy.threads,
             insecure_network=insecure,
             ends_with_master=True,
         )
+
+
+def _device(of_trainer: torch.device, world: World) -> str:
+    """This rank's own GPU, if the trainer would use one: SLURM sets no LOCAL_RANK."""
+    if of_trainer.type != "cuda":
+        return of_trainer.type
+    return f"cuda:{world.place.local_rank % torch.cuda.device_count()}"
 
 
 def _checkpoint_of(trainer: Trainer) -> str:

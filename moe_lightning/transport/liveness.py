@@ -6,6 +6,7 @@ ping ─▶ answered in time ─▶ alive                       its connection c
 
 import threading
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import zmq
@@ -124,6 +125,13 @@ class Liveness:
             self._context.term()
 
     def _run(self) -> None:
+        try:
+            self._watch()
+        finally:
+            for each in self._watched.values():
+                each.close()
+
+    def _watch(self) -> None:
         next_ping_s = 0.0
         while not self._is_closed.is_set():
             with self._lock:
@@ -140,15 +148,15 @@ class Liveness:
                     self.give_up(each.worker, reason)
                 if each.worker in self._lost:
                     each.close()
-        for each in self._watched.values():
-            each.close()
 
     def _wait(self, watched: list[_Watched]) -> None:
+        if not watched:  # a poller without sockets would not wait at all
+            self._is_closed.wait(self._round_s)
+            return
         poller = zmq.Poller()
         for each in watched:
             poller.register(each.socket, zmq.POLLIN)
             poller.register(each.monitor.socket, zmq.POLLIN)
-        # With nobody to poll, this sleeps.
         poller.poll(round(self._round_s * 1000))
 
     def _hear(self, watched: _Watched, *, is_due: bool) -> None:
@@ -169,7 +177,8 @@ class Liveness:
                 watched.cut_s = None
         if is_due:
             watched.num_pings += 1
-            watched.socket.send(ping(self._session, watched.num_pings))
+            with suppress(zmq.Again):  # after a breach of protocol nothing can be sent any more
+                watched.socket.send(ping(self._session, watched.num_pings), zmq.NOBLOCK)
 
     def _reason(self, watched: _Watched) -> str | None:
         now_s = self._clock.now_s

@@ -270,7 +270,7 @@ def _read(header: Header, payload: list[memoryview]) -> Message:
 def _bytes_of(frame: Buffer) -> memoryview:
     try:
         view = memoryview(frame)
-        return view.cast("B") if view.nbytes else memoryview(b"")  # an empty view cannot be cast
+        return view.cast("B") if view.nbytes else memoryview(b"")  # some empty ones cannot be cast
     except TypeError:
         raise MalformedMessage("a frame that is no contiguous buffer") from None
 

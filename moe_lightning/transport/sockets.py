@@ -188,7 +188,8 @@ class Monitor:
 
     def close(self) -> None:
         """Stop; before the socket itself is closed, whose I/O thread would wait for a reader."""
-        self._watched.monitor(None, 0)
+        if not self._watched.closed:
+            self._watched.monitor(None, 0)
         self.socket.close(linger=0)
 
 

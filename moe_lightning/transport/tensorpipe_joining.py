@@ -1,9 +1,9 @@
 """How workers come into a master's session of torch.distributed.rpc, with a deadline.
 
-master: Gathering ── "join" (a control message, over zmq) ──> worker
-        store     <── "I am there" ─────────────────────────  worker
-        agent     <── names and addresses, by the store ───>  agent
-        reach     ── one call to each ─────────────────────>  worker
+master: Gathering  ── "join", a control message over zmq ──>  worker
+        store      <── "I am there" ───────────────────────   worker
+        agent      <── names and addresses, by the store ──>  agent
+        reach      ── one call to each ────────────────────>  worker
 """
 
 import ipaddress
@@ -63,14 +63,19 @@ class TensorPipeJoin:
         """
         kinds = {"store_host": str, "store_port": int, "rank": int, "world_size": int}
         if set(body) != set(kinds):
-            raise ValueError(f"join: expected {sorted(kinds)}, got {sorted(body)}")
+            raise ValueError(f"join: expected {sorted(kinds)}, got {sorted(body)!s:.200}")
         for key, kind in kinds.items():
             # The very type: True is no number here.
             if type(body[key]) is not kind:
-                raise ValueError(f"join: {key} = {body[key]!r} is no {kind.__name__}")
+                raise ValueError(f"join: {key} = {str(body[key])!r:.100} is no {kind.__name__}")
         join = cls(**body)  # type: ignore[arg-type]  # checked above
-        # A number, so that nobody's resolver is asked for what a stranger sent.
-        number = ipaddress.IPv4Address(join.store_host)
+        try:
+            # A number, so that nobody's resolver is asked for what a stranger sent.
+            number = ipaddress.IPv4Address(join.store_host)
+        except ValueError:
+            raise ValueError(
+                f"join: store_host = {join.store_host!r:.100} is no IPv4 address"
+            ) from None
         if not number.is_private or number.is_unspecified:
             raise ValueError(f"join: store_host = {join.store_host} is no private address")
         if not 1 <= join.store_port <= 65535:

@@ -63,7 +63,8 @@ def unpack(parts: Parts) -> list[memoryview]:
 class TensorPipeEndpoint:
     """A worker in a master's session: it answers, one request at a time, in order of arrival.
 
-    Made by :func:`join_tensorpipe`. Requests are handled in a thread of torch's.
+    Made by :func:`join_tensorpipe`. Requests are handled in a thread of torch's, in which modes of
+    the caller's thread, such as inference mode, do not hold.
 
     Args:
         handle: Gets the frames of a request and returns those of the answer, whose memory must

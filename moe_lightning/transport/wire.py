@@ -83,7 +83,7 @@ def encode(rows_RD: Tensor, dtype: WireDtype) -> Encoded:
         rows_RD = rows_RD.float()
         scales_R = rows_RD.abs().amax(1) / 127
         scales_R.masked_fill_(scales_R < _SMALLEST_SCALE, 1.0)
-        # NaN, also inf / inf, becomes any integer; the scale, NaN or infinite then, spoils them all.
+        # NaN, also inf / inf, becomes any integer; the scale, NaN or infinite then, tells.
         codes_RD = (rows_RD / scales_R[:, None]).round_().to(torch.int8)
         return Encoded(_on_host(codes_RD), _on_host(scales_R))
     if dtype == WireDtype.FLOAT16 and rows_RD.dtype != torch.float16:
@@ -140,7 +140,7 @@ def relative_error(rows_RD: Tensor, encoded: Encoded) -> float:
 def buffer_of(tensor: Tensor) -> memoryview:
     """A contiguous tensor on the host as raw bytes, not copied; it lives as long as they do."""
     assert tensor.is_contiguous(), "only contiguous memory can be sent as it is"
-    return tensor.detach().view(-1).view(torch.uint8).numpy().data
+    return tensor.view(-1).view(torch.uint8).numpy().data
 
 
 def tensor_of(raw: memoryview, dtype: torch.dtype, shape: Sequence[int]) -> Tensor:

@@ -42,6 +42,7 @@ class ZmqServer:
     def __init__(
         self, address: str, *, keys: Keys | None = None, max_frame_bytes: int = MAX_FRAME_BYTES
     ) -> None:
+        self._max_frame_bytes = max_frame_bytes
         logger = logging.getLogger("moe_lightning.worker")
         self._dropped = DropLog(logger)
         self._ended = DropLog(logger, level=logging.INFO)
@@ -108,9 +109,14 @@ class ZmqServer:
         try:
             answer = handle(frames)
         except Exception as error:
-            self._dropped("Dropped a request that could not be handled", repr(error))
+            self._dropped("Dropped a request that could not be handled", f"{error!r:.200}")
             return
-        if answer is not None:
+        if answer is None:
+            return
+        longest = max((memoryview(frame).nbytes for frame in answer), default=0)
+        if longest > self._max_frame_bytes:  # the master would hang up, and ask again for ever
+            self._dropped("Dropped an answer that is too long", f"a frame of {longest:,} bytes")
+        else:
             # A peer that is gone, or that does not read, misses its answer: nobody waits for it.
             self._socket.send_multipart([sender, *answer], copy=False)
 

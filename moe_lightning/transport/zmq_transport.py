@@ -9,6 +9,7 @@ thread 2 ─┬─ line ──▶ worker 1      of the others wait in their sock
 import threading
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from weakref import WeakSet
 
 import zmq
@@ -110,7 +111,7 @@ class _Desk:
         if self.is_closed:
             raise WorkerLost(worker, _CLOSED)
         if worker not in self.lines:
-            self.lines[worker] = Line(lambda: self._dial(worker))
+            self.lines[worker] = Line(partial(self._dial, worker))
         return self.lines[worker]
 
     def close(self) -> None:
@@ -149,6 +150,8 @@ class _ZmqPending(Pending):
                 if not line.take(0.0 if is_over else min(left_s, _SLICE_S)):
                     for each in self._desk.lines.values():
                         each.mend()
+                elif is_over:
+                    continue  # others' answers may be before ours
             if self._question.answer is None and reason is not None:
                 raise WorkerLost(self._worker, reason)
             if self._question.answer is None and is_over:

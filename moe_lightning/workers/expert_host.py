@@ -78,6 +78,9 @@ class ExpertHost:
         }
         if unknown := experts.keys() - layers.keys():
             raise ValueError(f"layers {sorted(unknown)} have no experts.")
+        for layer, ids in experts.items():
+            if strange := [i for i in ids if not 0 <= i < layers[layer].num_experts]:
+                raise ValueError(f"layer {layer} has no experts {strange[:8]}.")
         wanted = {
             layer: self._held[layer].missing(ids) if layer in self._held else list(ids)
             for layer, ids in experts.items()

@@ -18,7 +18,6 @@ import torch
 from typing_extensions import Buffer
 
 import moe_lightning
-from moe_lightning.errors import MoELightningError
 from moe_lightning.experts import BACKEND_NAMES
 from moe_lightning.transport.messages import (
     PROTOCOL,
@@ -187,7 +186,7 @@ class WorkerSession:
             if control.verb == "bye":
                 self._end()
                 return self._reply(control, {})
-        except (MoELightningError, ValueError, TypeError, RuntimeError, MemoryError) as error:
+        except Exception as error:  # whatever it is, the master must hear of it
             _log.warning("%s failed: %s", control.verb, error)
             return self._fail(control, FailureCode.LOAD, f"{type(error).__name__}: {error}")
         return self._fail(control, FailureCode.MALFORMED, f"unknown verb {control.verb!r}")
@@ -219,35 +218,35 @@ class WorkerSession:
         return self.compute(message)
 
     def compute(self, question: Compute) -> Frames:
-        """The weighted sums of a request's rows."""
+        """The weighted sums of a request's rows, or why there are none."""
         with self._pulse.busy():
-            return self._compute(question)
+            try:
+                return self._sums(question)
+            except Exception as problem:  # whatever it is, the master must hear of it
+                _log.warning("a request of layer %d failed: %s", question.layer, problem)
+                text = f"{type(problem).__name__}: {problem}"
+                return self._fail(question, FailureCode.COMPUTE, text)
 
-    def _compute(self, question: Compute) -> Frames:
+    def _sums(self, question: Compute) -> Frames:
         start_s = time.perf_counter()
         num_rows, num_choices = question.num_rows, question.num_choices
-        try:
-            rows_RD = decode(
-                question.rows,
-                question.scales,
-                num_rows,
-                question.width,
-                question.rows_dtype,
-                torch_dtype(question.dtype),
-            )
-            index_RK = tensor_of(question.index, torch.int16, (num_rows, num_choices)).long()
-            weights_RK = tensor_of(
-                question.weights, torch_dtype(question.weights_dtype), (num_rows, num_choices)
-            )
-            sums_RD = self._host.compute(question.layer, rows_RD, index_RK, weights_RK)
-            if sums_RD is None:
-                return self._fail(question, FailureCode.NOT_HELD, f"layer {question.layer}")
-            sums = encode(sums_RD, question.sums_dtype)
-            error = relative_error(sums_RD, sums) if question.wants_error else float("nan")
-        except Exception as problem:  # whatever it is, the master must hear of it
-            _log.warning("a request of layer %d failed: %s", question.layer, problem)
-            text = f"{type(problem).__name__}: {problem}"
-            return self._fail(question, FailureCode.COMPUTE, text)
+        rows_RD = decode(
+            question.rows,
+            question.scales,
+            num_rows,
+            question.width,
+            question.rows_dtype,
+            torch_dtype(question.dtype),
+        )
+        index_RK = tensor_of(question.index, torch.int16, (num_rows, num_choices)).long()
+        weights_RK = tensor_of(
+            question.weights, torch_dtype(question.weights_dtype), (num_rows, num_choices)
+        )
+        sums_RD = self._host.compute(question.layer, rows_RD, index_RK, weights_RK)
+        if sums_RD is None:
+            return self._fail(question, FailureCode.NOT_HELD, f"layer {question.layer}")
+        sums = encode(sums_RD, question.sums_dtype)
+        error = relative_error(sums_RD, sums) if question.wants_error else float("nan")
         return Sums(
             question.session,
             question.request,

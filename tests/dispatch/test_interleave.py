@@ -1,6 +1,7 @@
 """The parts of a batch take turns: whose turn it is, failures, and an interrupt at any moment."""
 
-import ctypes
+import random
+import signal
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -17,15 +18,14 @@ def interleaver(num_parts=3):
     return Interleaver(min_tokens=1, num_parts=num_parts)
 
 
-def steps(turns, name, events, num_steps=3, wait=None):
+def steps(turns, name, events, num_steps=3):
     """A part that notes when it computes, and is away after each step."""
 
     def part():
         for step in range(num_steps):
             events.append((name, step))
             with turns.away():
-                if wait is not None:
-                    wait(step)
+                pass
         return name
 
     return part
@@ -81,9 +81,6 @@ def test_whoever_waits_longest_is_next():
     is_away = [threading.Event() for _ in range(3)]
     may_come_back = [threading.Event() for _ in range(3)]
 
-    def number_waiting():
-        return len(turns._baton._waiting)
-
     def waiter(n):
         with turns.away():
             is_away[n].set()
@@ -97,7 +94,7 @@ def test_whoever_waits_longest_is_next():
         for place, n in enumerate((2, 0, 1)):
             may_come_back[n].set()
             deadline_s = time.monotonic() + LONG_ENOUGH_S
-            while number_waiting() <= place and time.monotonic() < deadline_s:
+            while len(turns._mine.baton._waiting) <= place and time.monotonic() < deadline_s:
                 time.sleep(1e-3)
         order.append("holder")
 
@@ -205,65 +202,90 @@ def test_a_failure_while_away_gives_the_baton_back():
     assert turns.run([lambda: 1, lambda: 2]) == [1, 2]
 
 
-# Interrupts. Python raises KeyboardInterrupt in the main thread, whatever it waits for; here it is
-# raised in a thread of the test's, at a moment that the test knows.
+# Interrupts. Python raises KeyboardInterrupt in the main thread, which runs these tests.
 
 
-def interrupt(thread):
-    raised = ctypes.pythonapi.PyThreadState_SetAsyncExc(
-        ctypes.c_ulong(thread.ident), ctypes.py_object(KeyboardInterrupt)
-    )
-    assert raised == 1
+@pytest.fixture
+def interrupt():
+    """Send the main thread a signal that is a KeyboardInterrupt there."""
+
+    def raise_interrupt(*_):
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGUSR1, raise_interrupt)
+    main = threading.main_thread().ident
+    yield lambda: signal.pthread_kill(main, signal.SIGUSR1)
+    signal.signal(signal.SIGUSR1, before)
 
 
-class _InterruptedLock:
-    """A lock whose first ``acquire`` is interrupted."""
-
-    def __init__(self, lock, interruptions):
-        self._lock = lock
-        self._interruptions = interruptions
-
-    def acquire(self):
-        if self._interruptions:
-            self._interruptions.pop()
-            raise KeyboardInterrupt
-        return self._lock.acquire()
-
-    def release(self):
-        self._lock.release()
+def wait_until(is_so):
+    deadline_s = time.monotonic() + LONG_ENOUGH_S
+    while not is_so():
+        assert time.monotonic() < deadline_s
+        time.sleep(1e-3)
 
 
-def test_an_interrupt_while_waiting_for_the_baton_does_not_lose_it(monkeypatch):
-    turns, interruptions, made = interleaver(2), [], []
-    real = threading.Lock
+def test_an_interrupt_while_waiting_for_the_baton_does_not_lose_it(interrupt):
+    turns, may_come_back, seen = interleaver(2), threading.Event(), []
 
-    def lock():
-        # The first acquire of a turn's lock takes it; the second one waits.
-        made.append(_InterruptedLock(real(), []))
-        return made[-1]
-
-    is_away, is_back = threading.Event(), threading.Event()
-
-    def interrupted():
+    def first():  # in the main thread
         with turns.away():
-            is_away.set()
-            assert is_back.wait(LONG_ENOUGH_S)
-        pytest.fail("it was interrupted")
+            assert may_come_back.wait(LONG_ENOUGH_S)
+        seen.append("interrupted too late")
 
-    def other():
+    def second():
+        may_come_back.set()
+        wait_until(lambda: turns._mine.baton._waiting)
+        interrupt()
+        time.sleep(0.05)
+        seen.append("the other part has not been disturbed")
         with turns.away():
-            assert is_away.wait(LONG_ENOUGH_S)
-        monkeypatch.setattr("moe_lightning.dispatch.interleave.threading.Lock", lock)
-        is_back.set()
-        deadline_s = time.monotonic() + LONG_ENOUGH_S
-        while not turns._baton._waiting and time.monotonic() < deadline_s:
-            time.sleep(1e-3)
-        (waiting,) = turns._baton._waiting
-        assert waiting in made
-        made[0]._interruptions = interruptions
-        monkeypatch.undo()
-        return "done"
+            pass
+        seen.append("interrupted too late")
 
-    interruptions.append(1)
-    del interrupted, other
+    with pytest.raises(KeyboardInterrupt):
+        turns.run([first, second])
+    assert seen == ["the other part has not been disturbed"]
     assert turns.run([lambda: 1, lambda: 2]) == [1, 2]
+
+
+def test_an_interrupt_while_away(interrupt):
+    turns = interleaver(2)
+
+    def first():
+        with turns.away():
+            threading.Timer(0.02, interrupt).start()
+            time.sleep(LONG_ENOUGH_S)
+
+    def second():
+        for _ in range(100):
+            with turns.away():
+                time.sleep(1e-3)
+
+    with pytest.raises(KeyboardInterrupt):
+        turns.run([first, second])
+    assert turns.run([lambda: 1, lambda: 2]) == [1, 2]
+
+
+def test_interrupts_at_any_moment_neither_hang_nor_spoil_the_next_batch(interrupt):
+    turns, draw = interleaver(3), random.Random(5)
+    num_interrupted = 0
+
+    def part():
+        for _ in range(40):
+            with turns.away():
+                pass
+        return True
+
+    for _ in range(300):
+        timer = threading.Timer(draw.uniform(0, 3e-3), interrupt)
+        try:
+            timer.start()
+            assert turns.run([part] * 3) == [True] * 3
+            timer.join()
+            time.sleep(1e-3)
+        except KeyboardInterrupt:
+            num_interrupted += 1
+        timer.join()
+        assert turns.run([lambda: 1, lambda: 2, lambda: 3]) == [1, 2, 3]
+    assert num_interrupted > 50, "else this says little"

@@ -62,7 +62,9 @@ def test_with_nothing_held_the_sum_is_zero():
 
 @pytest.mark.parametrize("shards", [[], [(1,)], [(1,), (0, 3)]])
 def test_no_rows(shards):
-    out_RD = held(*shards).compute(ROWS_RD[:0], torch.empty(0, 2, dtype=torch.int64), WEIGHTS_RK[:0])
+    out_RD = held(*shards).compute(
+        ROWS_RD[:0], torch.empty(0, 2, dtype=torch.int64), WEIGHTS_RK[:0]
+    )
     assert out_RD.shape == (0, 2)
 
 

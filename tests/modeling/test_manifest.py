@@ -2,6 +2,7 @@
 
 import random
 import shutil
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -111,7 +112,7 @@ def test_of_a_large_file_16_samples_are_read_its_ends_among_them(tmp_path, monke
     first = manifest_hash(view_of(file))
     assert [end - start for start, end in reads] == [2**16] * 16
     assert (reads[0][0], reads[-1][1]) == (0, num_bytes)
-    gaps = [later[0] - earlier[1] for earlier, later in zip(reads, reads[1:], strict=False)]
+    gaps = [later[0] - earlier[1] for earlier, later in pairwise(reads)]
     assert max(gaps) - min(gaps) <= 1
     for place in (0, num_bytes - 1, reads[7][0], reads[7][1] - 1):
         with file.open("r+b") as opened:

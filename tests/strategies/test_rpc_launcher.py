@@ -4,6 +4,7 @@ import threading
 
 import lightning as L
 import pytest
+import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from quiet_trainer import quiet_trainer
@@ -115,7 +116,7 @@ def test_other_ranks_serve_and_have_no_rows(start, served, monkeypatch):
     assert world.told == ["begin", "tcp://127.0.0.1:4567"]
     (options,) = served.calls
     assert (options.checkpoint, options.threads) == ("some/dir", 3)
-    assert (options.listen, options.keys) == ("tcp://127.0.0.1:0", None)
+    assert (options.listen, options.keys, options.device) == ("tcp://127.0.0.1:0", None, "cpu")
     assert options.ends_with_master
     assert not options.parent_pipe
     assert rank_zero_only.rank == 2
@@ -177,6 +178,15 @@ def test_a_master_that_fell_silent_is_an_error_with_exit_code_6(start):
 
 def test_a_master_that_ended_otherwise_is_none(start):
     assert predict(start(FakeWorld(1, over=True), lambda *_, **__: 6)) == []
+
+
+def test_each_rank_has_a_gpu_of_its_own(start, served, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for local_rank in (1, 2, 3):
+        trainer = start(FakeWorld(5, 6, local_rank=local_rank), served)
+        trainer.strategy.parallel_devices = [torch.device("cuda:0")]
+        predict(trainer)
+    assert [options.device for options in served.calls] == ["cuda:1", "cuda:0", "cuda:1"]
 
 
 # Addresses.

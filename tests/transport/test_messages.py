@@ -12,6 +12,7 @@ from dataclasses import fields, replace
 from itertools import permutations
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -464,6 +465,13 @@ def test_a_frame_that_was_released() -> None:
     frame.release()
     with pytest.raises(MalformedMessage, match="released"):
         parse([frame, b""])
+
+
+def test_buffers_of_nothing() -> None:
+    none = np.empty((0, 4))
+    assert parse([FAILURE.frames()[0], none]) == replace(FAILURE, text="")
+    with pytest.raises(MalformedMessage, match="a header of 0 bytes"):
+        parse([none])
 
 
 def test_buffers_of_other_items_are_their_bytes() -> None:

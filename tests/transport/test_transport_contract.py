@@ -176,6 +176,14 @@ def test_a_late_answer_is_dropped(start_team):
     assert bytes_of(ask(team, b"0").result(20))[1:] == [b"0"]
 
 
+def test_waiting_can_be_taken_up_again(start_team):
+    pending = ask(start_team("sleep"), b"0.5")
+    for _ in range(2):
+        with pytest.raises(TimeoutError, match="worker 0"):
+            pending.result(0.05)
+    assert bytes_of(pending.result(20))[1:] == [b"0.5"]
+
+
 def test_asking_does_not_wait_for_the_network(start_team):
     team = start_team("sleep")
     ask(team, b"0").result(20)
