@@ -1,6 +1,6 @@
 """Peers that speak ZMTP badly, or something else: what fuzz_worker.py sends through raw sockets.
 
-A conversation is the list of bytes that a peer sends one after another, whatever it is answered:
+A conversation is the list of what a peer sends, one after another, whatever it is answered:
 a greeting of 64 bytes, a command READY (or a handshake of CURVE), and frames of a flag byte, a
 length of 1 or 8 bytes, and that many bytes (https://rfc.zeromq.org/spec/37).
 """
@@ -86,15 +86,17 @@ class BadPeers:
         }
 
     def conversation(self, kind: str) -> Conversation:
-        """One of a kind; often cut, or with a few bits flipped."""
+        """One of a kind; often with a few bits flipped, or cut."""
         pieces = self.kinds[kind]()
-        raw = bytearray(b"".join(pieces))
-        if kind != "a message without end" and raw and self.rng.random() < 0.3:
-            for _ in range(self.rng.choice((1, 1, 4, 30))):
+        if kind != "a message without end" and self.rng.random() < 0.3:
+            damaged = self.rng.choice((self.rng.randrange(len(pieces)), len(pieces) - 1))
+            raw = bytearray(pieces[damaged])
+            for _ in range(self.rng.choice((1, 1, 4, 30)) if raw else 0):
                 raw[self.rng.randrange(len(raw))] ^= 1 << self.rng.randrange(8)
-            del raw[self.rng.choice((len(raw), self.rng.randrange(len(raw)))) :]
-            cut = self.rng.randrange(len(raw) + 1)  # anywhere, so that greetings arrive in parts
-            return [bytes(raw[:cut]), bytes(raw[cut:])]
+            cut = self.rng.randrange(len(raw) + 1)
+            # In two parts, or only the first.
+            rest = self.rng.choice(([bytes(raw[cut:]), *pieces[damaged + 1 :]], []))
+            pieces[damaged:] = [bytes(raw[:cut]), *rest]
         return pieces
 
     # The kinds

@@ -133,7 +133,7 @@ class Chaos:
             run, line = self._run(calm, None)
             print(line, flush=True)
             if line.violations:
-                raise RuntimeError(f"without any fault: {line.violations}")
+                raise RuntimeError("without any fault: " + "; ".join(line.violations))
             self._usual[key] = run
         return self._usual[key]
 
@@ -235,7 +235,8 @@ def main(
         runs: How many runs.
         seed: What is drawn; the default is another one each time.
         faults: Kinds of faults, out of kill, stop, restart (killed, and started again at the same
-            address at once; of workers started by hand) and kill_master.
+            address at once; of workers started by hand), kill_master, nap_master, interrupt and
+            interrupt_twice.
         transport: How rows travel; both is in turns.
         starts: Whether workers are started by hand or by the master (local), in turns.
         tasks: What is computed; the first one mostly.

@@ -24,7 +24,7 @@ def look_after(run: Run, setting: Setting, team: Sequence[HandWorker]) -> list[s
     Returns:
         What must not be.
     """
-    struck = {s.fault.worker: s for s in run.strikes if s.fault.kind != "kill_master"}
+    struck = {s.fault.worker: s for s in run.strikes if not s.fault.is_masters}
     violations = []
     for number, worker in enumerate(team[: run.plan.num_workers]):
         strike = struck.get(number)
@@ -53,12 +53,14 @@ def _wait_until_free(
     if killed_at_s < math.inf:
         is_left = run.when("met") < killed_at_s < run.when("done")
         since_s = run.master.end_s
-    elif strike is not None and strike.awake_at_s > run.when("done"):
+    elif strike is not None and strike.awake_at_s > min(run.when("done"), run.master.end_s):
         # Given up, or asleep when the master said that it was done; then it may have read that.
         is_left = run.lost_at_s(strike) < run.when("done")
         since_s = strike.awake_at_s
     elif strike is not None and run.lost_at_s(strike) < math.inf:
         is_left, since_s = True, strike.awake_at_s
+    elif any(s.fault.kind == "interrupt_twice" for s in run.strikes):
+        is_left, since_s = False, run.master.end_s  # there may have been no time for a word
     else:
         return []
     until_s = since_s + setting.timeout_s * 1.1 + NOTICES_WITHIN_S + run.lag_s

@@ -1,4 +1,4 @@
-"""The strategy of a master that is watched: ``moe_rpc``, and marks in a file that say how far it is.
+"""The strategy of a master that is watched: ``moe_rpc``, with marks that say how far it is.
 
 began ─▶ met ─▶ ready ─▶ (prefill ─▶ decode) ... ─▶ done ─▶ left        lost, adopted: any time
 """

@@ -5,10 +5,13 @@ began ── start ── met ── load ── ready ── prefill ── dec
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
-Kind = Literal["kill", "stop", "restart", "kill_master"]
+Kind = Literal[
+    *("kill", "stop", "restart"),
+    *("kill_master", "nap_master", "interrupt", "interrupt_twice"),
+]
 Stage = Literal["start", "load", "prefill", "decode", "end"]
 Start = Literal["hand", "local"]
 Transport = Literal["zmq", "tensorpipe"]
@@ -16,7 +19,11 @@ TaskName = Literal["Generate", "Score"]
 Sort = Literal["one", "two", "replicas", "last", "adopted"]
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
-_WEIGHTS: dict[Kind, int] = {"kill": 4, "stop": 4, "restart": 1, "kill_master": 1}
+WORKERS_KINDS = KINDS[:3]
+_WEIGHTS: dict[Kind, int] = {
+    **{"kill": 8, "stop": 8, "restart": 3},
+    **{"kill_master": 3, "nap_master": 1, "interrupt": 1, "interrupt_twice": 1},
+}
 _STAGES: dict[Stage, int] = {"start": 1, "load": 2, "prefill": 3, "decode": 4, "end": 1}
 # Of ten plans, these are about more than one worker that is lost while others take over.
 _SORTS: dict[int, Sort] = {2: "two", 4: "replicas", 6: "last", 7: "two", 9: "adopted"}
@@ -28,7 +35,8 @@ class Fault:
 
     Attributes:
         kind: A worker is killed; stopped, and woken after a while or after the run; killed, and at
-            once started again at the same address; or the master is killed.
+            once started again at the same address. Or the master is killed; stopped for less time
+            than workers wait for; or interrupted, once or twice (Ctrl-C).
         worker: Which worker.
         stage: During which stage of the run.
         turn: Of stages that come more than once, which one: a share of their number.
@@ -44,10 +52,14 @@ class Fault:
     awake_s: float | None = None
 
     def __str__(self) -> str:
-        if self.kind == "kill_master":
-            return f"kill master in {self.stage}"
+        who = "" if self.is_masters else f" w{self.worker}"
         woken = "" if self.awake_s is None else f" for {self.awake_s:.1f} s"
-        return f"{self.kind} w{self.worker}{woken} in {self.stage}"
+        return f"{self.kind}{who}{woken} in {self.stage}"
+
+    @property
+    def is_masters(self) -> bool:
+        """Whether it strikes the master."""
+        return self.kind not in WORKERS_KINDS
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +126,7 @@ def draw(
         sort = "one"
     if sort in ("last", "adopted"):
         num_workers = 1
-    lethal = [kind for kind in kinds if kind != "kill_master"]
+    lethal = [kind for kind in kinds if kind in WORKERS_KINDS]
     if sort != "one" and not lethal:
         sort = "one"
     allowed = [
@@ -152,7 +164,8 @@ def _draw_fault(
         del stages["load"]
     (stage,) = dice.choices(list(stages), list(stages.values()))
     fault = Fault(kind, worker, stage, turn=dice.random(), fraction=dice.random())
+    if kind == "nap_master":
+        return replace(fault, awake_s=dice.uniform(0.1, 0.7) * timeout_s)
     if kind != "stop" or not is_mild or dice.random() < 0.4:
         return fault
-    awake_s = dice.uniform(0.1, 2.0) * timeout_s
-    return Fault(kind, worker, stage, fault.turn, fault.fraction, awake_s)
+    return replace(fault, awake_s=dice.uniform(0.1, 2.0) * timeout_s)

@@ -47,7 +47,9 @@ class Line:
             said.append("over before it happened")
         noticed = [f"{seconds:.2f} s" for seconds in self.noticed_s if seconds is not None]
         if noticed:
-            said.append(f"noticed after {', '.join(noticed)} ({'; '.join(self.reasons)})")
+            said.append(
+                f"noticed after {', '.join(noticed)} ({'; '.join(r[:50] for r in self.reasons)})"
+            )
         if self.adopted_s is not None:
             said.append(f"adopted in {self.adopted_s:.2f} s")
         if self.plan.start == "local" and self.outcome == "killed":

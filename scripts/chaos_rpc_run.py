@@ -8,11 +8,21 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from chaos_rpc_plan import Fault, Plan
+from chaos_rpc_plan import Fault, Kind, Plan
 from chaos_rpc_record import Mark, Run, Setting, Strike
 from chaos_rpc_team import HandWorker, LocalWorkers, is_alive, wait_until
 
 LOOK_S = 0.005
+BETWEEN_SIGNALS_S = 0.1
+_SIGNALS: dict[Kind, signal.Signals] = {
+    "kill": signal.SIGKILL,
+    "restart": signal.SIGKILL,
+    "stop": signal.SIGSTOP,
+    "kill_master": signal.SIGKILL,
+    "nap_master": signal.SIGSTOP,
+    "interrupt": signal.SIGINT,
+    "interrupt_twice": signal.SIGINT,
+}
 
 
 class Runner:
@@ -81,7 +91,7 @@ class _Victims:
         self._team = team
         self._local = local
         self._is_local = run.plan.start == "local"
-        self._sleeping: dict[int, Strike] = {}
+        self._later: list[tuple[float, int, Strike]] = []
         if not self._is_local:
             run.names = {n: each.address for n, each in enumerate(team[: run.plan.num_workers])}
 
@@ -91,24 +101,27 @@ class _Victims:
             self._local.look()
             self._run.names = {n: self._local.address(n) for n in self._local.pids}
 
-    def wake(self) -> bool:
-        """Wake whom it is time to wake.
+    def follow_up(self) -> bool:
+        """Wake whom it is time to wake, and interrupt again.
 
         Returns:
-            Whether all who were to be woken are awake.
+            Whether all that has been done.
         """
-        for pid, strike in list(self._sleeping.items()):
-            if time.monotonic() - strike.at_s >= (strike.fault.awake_s or 0):
-                del self._sleeping[pid]
-                strike.awake_at_s = time.monotonic()
+        for at_s, pid, strike in list(self._later):
+            if time.monotonic() >= at_s:
+                self._later.remove((at_s, pid, strike))
+                if strike.fault.awake_s is not None:
+                    strike.awake_at_s = time.monotonic()
                 if is_alive(pid):
-                    os.kill(pid, signal.SIGCONT)
-        return not self._sleeping
+                    again = strike.fault.kind == "interrupt_twice"
+                    os.kill(pid, signal.SIGINT if again else signal.SIGCONT)
+        return not self._later
 
     def _counts_bytes(self) -> bool:
         plan = self._run.plan
         is_loaded = any(mark.name == "ready" for mark in self._run.marks)
-        return not self._is_local and is_loaded and len(plan.faults) == 1 < plan.num_workers
+        is_about_one = len(plan.faults) == 1 and not plan.faults[0].is_masters
+        return not self._is_local and is_loaded and is_about_one and plan.num_workers > 1
 
     def bytes_read(self, but: int) -> int:
         """Bytes of weights that all workers but one have read."""
@@ -122,13 +135,11 @@ class _Victims:
             Whether there was somebody to strike.
         """
         run = self._run
-        if fault.kind == "kill_master":
-            run.strikes.append(Strike(fault, time.monotonic(), ""))
-            run.master.send(signal.SIGKILL)
-            return True
-        if fault.worker not in run.names:
+        if not fault.is_masters and fault.worker not in run.names:
             return False
-        if self._is_local:
+        if fault.is_masters:
+            pid = run.master.pid
+        elif self._is_local:
             pid = self._local.pids[fault.worker]
         else:
             pid = self._team[fault.worker].child.pid
@@ -136,11 +147,14 @@ class _Victims:
             return False
         if self._counts_bytes():
             run.bytes_before = self.bytes_read(fault.worker)
-        strike = Strike(fault, time.monotonic(), run.names[fault.worker])
+        name = "" if fault.is_masters else run.names[fault.worker]
+        strike = Strike(fault, time.monotonic(), name)
         run.strikes.append(strike)
-        os.kill(pid, signal.SIGSTOP if fault.kind == "stop" else signal.SIGKILL)
-        if fault.kind == "stop" and fault.awake_s is not None:
-            self._sleeping[pid] = strike
+        os.kill(pid, _SIGNALS[fault.kind])
+        if fault.awake_s is not None:
+            self._later.append((strike.at_s + fault.awake_s, pid, strike))
+        if fault.kind == "interrupt_twice":
+            self._later.append((strike.at_s + BETWEEN_SIGNALS_S, pid, strike))
         if fault.kind == "restart":
             self._team[fault.worker].kill()
             self._team[fault.worker].start()
@@ -154,7 +168,7 @@ def _attend(run: Run, marks: Path, usual: Run | None, victims: _Victims, *, limi
     while run.master.is_there:
         run.marks = _read(marks)
         victims.look()
-        victims.wake()
+        victims.follow_up()
         is_due = waiting and time.monotonic() >= _due_s(run, waiting[0], usual)
         if is_due and victims.strike(waiting[0]):
             waiting.pop(0)
@@ -165,7 +179,7 @@ def _attend(run: Run, marks: Path, usual: Run | None, victims: _Victims, *, limi
         run.lag_s = max(run.lag_s, now_s - before_s - 2 * LOOK_S)
         before_s = now_s
     run.marks = _read(marks)
-    wait_until(victims.wake, math.inf)
+    wait_until(victims.follow_up, math.inf)
 
 
 def _due_s(run: Run, fault: Fault, usual: Run | None) -> float:

@@ -8,6 +8,7 @@ from pathlib import Path
 from chaos_rpc_record import Run, Setting, Strike
 
 KILL_NOTICED_S = 1.0
+INTERRUPTED_S = 2.0
 ORPHANS_S = 30.0
 ORPHANS_THAT_SERVED_S = 2.0
 LOOKS_AGAIN_S = 0.1
@@ -49,11 +50,20 @@ def judge(run: Run, setting: Setting, reference: Path, usual: Run | None) -> Ver
     verdict = Verdict("ok")
     code, said = run.master.code, run.master.said()
     is_killed = any(strike.fault.kind == "kill_master" for strike in run.strikes)
-    too_early = [strike for strike in run.strikes if strike.at_s <= run.when("met")]
-    if "Traceback" in said:
+    too_early = [
+        strike
+        for strike in run.strikes
+        if strike.at_s <= run.when("met") and not strike.fault.is_masters
+    ]
+    # The second interrupt may come when the interpreter is about to end, which then says so.
+    is_hurried = any(strike.fault.kind == "interrupt_twice" for strike in run.strikes)
+    if "Traceback" in said and not is_hurried:
         verdict.violations.append("the master said a traceback")
     if is_killed and code == -9:
         verdict.outcome = "killed"
+    elif code == 5 or (is_hurried and code == -2):
+        verdict.outcome = "interrupted"
+        verdict.violations += _interrupted(run)
     elif code == 0:
         verdict.violations += compare(reference, run.output / "predictions.jsonl")
         verdict.violations += _expected_of_who_goes_on(run)
@@ -75,7 +85,9 @@ def judge(run: Run, setting: Setting, reference: Path, usual: Run | None) -> Ver
         verdict.outcome = f"exit {code}"
         verdict.violations.append(f"exit code {code}: {said[-1000:]}")
     for strike in run.strikes:
-        if strike.fault.kind != "kill_master":
+        if strike.fault.kind == "nap_master" and run.when("lost") < math.inf:
+            verdict.violations.append("after a nap, the master gave a worker up")
+        if not strike.fault.is_masters:
             _judge_notice(run, strike, setting, usual, verdict)
     adopted = [mark.at_s for mark in run.marks if mark.name == "adopted"]
     if adopted and run.when("lost") < math.inf:
@@ -96,6 +108,7 @@ def limit_of(run: Run, setting: Setting, usual: Run) -> float:
     waits_s = sum(
         notice_limit(strike, setting) + 1 for strike in run.strikes if strike.fault.kind != "kill"
     )
+    waits_s += sum(strike.fault.awake_s or 0 for strike in run.strikes)
     if any(strike.at_s <= run.when("met") for strike in run.strikes):
         waits_s += setting.join_timeout_s[run.plan.start]
     return 3 * usual.run_s + waits_s + 10
@@ -155,6 +168,16 @@ def _expected_of_who_goes_on(run: Run) -> list[str]:
     if run.plan.sort in ("one", "two") and is_lost and not adopted:
         return ["nobody adopted the experts of the lost"]
     return []
+
+
+def _interrupted(run: Run) -> list[str]:
+    at_s = next((s.at_s for s in run.strikes if s.fault.kind.startswith("interrupt")), math.inf)
+    if at_s == math.inf:
+        return ["nobody has interrupted it"]
+    took_s = run.master.end_s - at_s
+    if took_s > INTERRUPTED_S + run.lag_s:
+        return [f"it ended only {took_s:.2f} s after it was interrupted"]
+    return _nothing_written(run) if at_s < run.when("done") else []
 
 
 def _nothing_written(run: Run) -> list[str]:

@@ -83,9 +83,10 @@ class Worker:
 
     def check(self) -> None:
         """That it lives, and is no larger than it may be."""
-        if self.process.poll() is not None:
-            raise WorkerError(f"it ended with exit code {self.process.returncode}")
-        growth_mb = self.memory_mb("VmHWM") - self.start_mb
+        try:
+            growth_mb = self.memory_mb("VmHWM") - self.start_mb
+        except (OSError, ValueError):
+            raise WorkerError(f"it ended with exit code {self.process.wait(10)}") from None
         if growth_mb > MAX_GROWTH_MB:
             raise WorkerError(f"it has grown by {growth_mb:.0f} MB, of {MAX_GROWTH_MB} MB")
         if self._log.stat().st_size > MAX_LOG_BYTES:
@@ -155,7 +156,7 @@ class Thrower:
 
     Args:
         worker: The worker.
-        keys: The master's keys: who has them can send damaged messages.
+        keys: The master's keys, with which damaged messages are sent too.
         seed: Of all choices.
     """
 
@@ -166,9 +167,8 @@ class Thrower:
         self._peers = BadPeers(self._rng)
         self._damaged = DamagedMessages(seed)
         self._addresses = {name: _host(text) for name, text in worker.addresses.items()}
-        self._insider = (
-            None if keys is None else ZmqTransport([worker.addresses["requests"]], keys=keys)
-        )
+        self._has_keys = keys is not None
+        self._insider = ZmqTransport([worker.addresses["requests"]], keys=keys)
         self._idle: deque[socket.socket] = deque()
 
     def throw(self) -> None:
@@ -185,11 +185,10 @@ class Thrower:
     def end(self) -> None:
         for connection in self._idle:
             connection.close()
-        if self._insider is not None:
-            self._insider.close()
+        self._insider.close()
 
     def _throw_damaged(self, frames: list[bytes]) -> None:
-        if self._insider is not None and frames:
+        if frames and (self._has_keys or self._rng.random() < 0.5):
             self._insider.ask(0, 0, frames)
             self.num_parsed += len(frames) <= MAX_FRAMES
         else:
@@ -200,8 +199,10 @@ class Thrower:
         with suppress(OSError):
             connection = socket.create_connection(self._addresses[name], timeout=5.0)
             try:
+                connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 for piece in conversation:
                     connection.sendall(piece)
+                    _hear(connection, piece)
             finally:
                 self._leave(connection)
 
@@ -219,6 +220,21 @@ class Thrower:
         self._idle.append(connection)
         if len(self._idle) > MAX_IDLE:
             self._idle.popleft().close()
+
+
+def _hear(connection: socket.socket, piece: bytes) -> None:
+    """Wait for the other side's greeting or READY: what comes before them is refused unseen."""
+    end = {greeting(): b"NULL", ready(): b"READY"}.get(piece)
+    if end is not None:
+        with suppress(TimeoutError):
+            connection.settimeout(0.05)
+            heard = b""
+            while end not in heard:
+                more = connection.recv(4096)
+                if not more:
+                    raise ConnectionResetError
+                heard += more
+        connection.settimeout(5.0)
 
 
 def fuzz(*, throws: int, seed: int, keys: bool, handler: str = "refuses") -> int:

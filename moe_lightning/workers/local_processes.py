@@ -9,13 +9,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 from moe_lightning.errors import WorkersLostError
 from moe_lightning.workers.worker import WorkerOptions
 
-PATIENCE_S = 3.0
+PATIENCE_S = 0.5  # they have nothing to lose, and whoever pressed Ctrl-C waits
 
 
 class LocalWorkers:
@@ -62,10 +63,12 @@ class LocalWorkers:
             if process.stdin is not None:
                 process.stdin.close()
         deadline_s = time.monotonic() + PATIENCE_S
-        for process in self.processes:
-            try:
-                process.wait(max(0.0, deadline_s - time.monotonic()))
-            except subprocess.TimeoutExpired:
+        try:
+            for process in self.processes:
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(max(0.0, deadline_s - time.monotonic()))
+        finally:  # also at the second Ctrl-C
+            for process in self.processes:
                 process.kill()
                 process.wait()
-        shutil.rmtree(self._directory, ignore_errors=True)
+            shutil.rmtree(self._directory, ignore_errors=True)

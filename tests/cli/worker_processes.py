@@ -1,6 +1,7 @@
 """Processes of the command line: hand-started workers, and whatever torchrun starts."""
 
 import os
+import random
 import re
 import signal
 import socket
@@ -8,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import psutil
 
@@ -83,15 +84,15 @@ def torchrun(num_processes, *command):
 
 
 def free_port():
-    """A port that was free a moment ago, and the one after it."""
+    """A port that is free, as the one after it is.
+
+    Not of those that the kernel gives to outgoing connections, which come and go.
+    """
     while True:
-        with socket.socket() as probe, socket.socket() as next_one:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-            try:
-                next_one.bind(("127.0.0.1", port + 1))
-            except (OSError, OverflowError):
-                continue
+        port = random.randrange(12_000, 30_000)
+        with socket.socket() as probe, socket.socket() as next_one, suppress(OSError):
+            probe.bind(("", port))
+            next_one.bind(("", port + 1))
             return port
 
 

@@ -6,12 +6,15 @@ import pytest
 import torch
 from quiet_trainer import quiet_trainer
 from torch.utils.data import DataLoader
+from worker_threads import worker_threads
 
 from moe_lightning import MoELightningModule
 from moe_lightning.dispatch import PlacedDispatcher
 from moe_lightning.modeling.seam import dispatcher_of, find_moe_layers
 from moe_lightning.strategies import PlacementStrategy
 from moe_lightning.tasks import Embed, Generate, Score
+
+__all__ = ["worker_threads"]
 
 # One prompt of one token; one longer than gpt_oss's window of 16.
 PROMPTS = ["To be, or", "Once upon a time", "x", "It was the best of times, it was"]

@@ -114,7 +114,9 @@ def test_a_device_that_is_too_small_is_refused_with_its_numbers(
     policy, family_checkpoint, policy_options, monkeypatch, placed_trainer, refused
 ):
     # The host has 0.3 GB and the package keeps 300 MiB, 0.315 GB, of every device free.
-    monkeypatch.setattr("moe_lightning.strategies.placement_strategy.free_bytes", lambda device: 300_000_000)
+    monkeypatch.setattr(
+        "moe_lightning.strategies.placement_strategy.free_bytes", lambda device: 300_000_000
+    )
     path = family_checkpoint("olmoe")
     module = MoELightningModule(str(path))
     trainer = placed_trainer(5, **policy_options(policy, path))
@@ -124,9 +126,7 @@ def test_a_device_that_is_too_small_is_refused_with_its_numbers(
 def test_an_accelerator_that_is_not_the_first_slots_is_refused(
     family_checkpoint, monkeypatch, trainer_with, refused
 ):
-    monkeypatch.setattr(
-        "moe_lightning.devices._devices_there", lambda: ["cpu", "cuda:0"]
-    )
+    monkeypatch.setattr("moe_lightning.devices._devices_there", lambda: ["cpu", "cuda:0"])
     module = MoELightningModule(str(family_checkpoint("olmoe")))
     trainer = trainer_with(PlacementStrategy(["cuda:0", "cpu"]))
     refused(trainer, module, "cuda:0", "--trainer.accelerator gpu")

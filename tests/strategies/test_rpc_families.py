@@ -5,11 +5,9 @@ processes.
 """
 
 import pytest
-from worker_threads import worker_threads
 
 from moe_lightning import MoELightningModule
 from moe_lightning.strategies.rpc_strategy import RPCStrategy
-
 
 
 @pytest.fixture

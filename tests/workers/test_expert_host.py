@@ -1,5 +1,7 @@
 """The experts that a worker holds: read alone, computed as the family does, within its memory."""
 
+import re
+
 import pytest
 import torch
 from conftest import CPU, LAYERS
@@ -14,7 +16,7 @@ EXPERT_BYTES = 3 * 32 * 24 * 4  # gate, up and down in float32
 
 
 @pytest.fixture
-def host_of(tmp_path):
+def host_of():
     """A host of a checkpoint: ``host_of(path, ...)``."""
     views = []
 
@@ -149,7 +151,7 @@ def test_a_worker_may_compute_in_a_way_of_its_own(host, rows, expected):
     assert 1e-3 < errors[1] < 4e-2
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_weights_have_the_dtype_of_the_run(dtype, host, rows, expected):
     hidden_TD, index_TK, weights_TK = rows(20)
     held = host()
@@ -157,9 +159,9 @@ def test_weights_have_the_dtype_of_the_run(dtype, host, rows, expected):
     sums_TD = held.compute(0, hidden_TD.to(dtype), index_TK, weights_TK)
     assert sums_TD.dtype == dtype
     want_TD = expected(0, hidden_TD, index_TK, weights_TK)
-    # bfloat16 rounds rows, weights and what is between to 8 bits.
-    tolerance = 3e-2 if dtype == torch.bfloat16 else 1e-6
-    assert float((sums_TD.float() - want_TD).norm() / want_TD.norm()) < tolerance
+    # Rows, weights and what is between are rounded to 8 or 11 bits.
+    tolerance = 3e-2 if dtype == torch.bfloat16 else 4e-3
+    assert 1e-5 < float((sums_TD.float() - want_TD).norm() / want_TD.norm()) < tolerance
 
 
 # Wrong requests.
@@ -178,9 +180,8 @@ def test_experts_that_do_not_exist_are_named(experts, words, host):
     held = host(memory_bytes=1e6)
     for _ in range(2):  # with nothing held, and with all of one layer
         before = held.offered_bytes()
-        with pytest.raises(ValueError) as error:
+        with pytest.raises(ValueError, match=re.escape(words)):
             load(held, experts)
-        assert words in str(error.value)
         assert held.offered_bytes() == before
         load(held, {0: range(8)})
 
