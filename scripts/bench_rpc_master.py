@@ -121,7 +121,8 @@ class Master:
     def _switch(self, layer: MoELayer, overlapping: Mapping[int, Dispatcher]) -> Switch:
         assert self.strategy is not None, "nobody else has workers"
         fleet, placement = self.strategy.fleet, self.strategy.placement
-        assert fleet is not None and placement is not None, "they were hosted"
+        assert fleet is not None, "it hosted the model"
+        assert placement is not None, "it hosted the model"
         slots = placement.slots[layer.layer]
         sizes: Any = {"layer": layer.layer, "log": self.log}
         choices = (

@@ -8,11 +8,12 @@ import socket
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Literal
 
-from link import Link
+from link import Link, probe_between
 
 Role = Literal["master", "worker"]
 
@@ -38,10 +39,13 @@ class Place:
 
     def python(self, role: Role, argv: Sequence[object]) -> list[str]:
         """The command line that runs a Python script or module there."""
-        command = [sys.executable, *map(str, argv)]
+        return self.command(role, [sys.executable, *argv])
+
+    def command(self, role: Role, argv: Sequence[object]) -> list[str]:
+        """The command line that runs a command there."""
         if self.link is None:
-            return command
-        return self.link.command("a" if role == "master" else "b", command)
+            return list(map(str, argv))
+        return self.link.command("a" if role == "master" else "b", argv)
 
     def free_port(self) -> int:
         """A port that nobody has there, and neither the one after it."""
@@ -77,3 +81,14 @@ def make_place(
         return
     with Link(delay_ms=delay_ms, rate_gbit=rate_gbit) as link:
         yield Place(name, link=link, keys=keys)
+
+
+def probe_place(place: Place, *, seconds: float) -> dict[str, float]:
+    """Measure round trips and rates of plain TCP there, as link_probe.py names them."""
+    return probe_between(
+        partial(place.command, "master"),
+        partial(place.command, "worker"),
+        address=place.worker_host,
+        port=place.free_port(),
+        seconds=seconds,
+    )

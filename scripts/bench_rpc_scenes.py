@@ -9,7 +9,6 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -139,37 +138,21 @@ def start_cast(
 
 
 def take_turns(
-    turns: Mapping[str, Callable[[], Result]], *, rounds: int, seconds: float, title: str
+    turns: Mapping[str, Callable[[], Result]], *, rounds: int, title: str
 ) -> dict[str, list[Result]]:
-    """Let everybody take turns, in an order that changes.
+    """Let everybody take turns, in an order that changes with every round.
 
     Args:
         turns: One run of each.
-        rounds: Least number of rounds.
-        seconds: For how long at least.
+        rounds: How many runs each gets.
         title: What is measured, for the progress on stderr.
 
     Returns:
         The results of each.
     """
     results: dict[str, list[Result]] = {name: [] for name in turns}
-
-    def a_round() -> None:
-        for name, new in race(turns, seconds=0.0, title=title, seed=len(seeds)).items():
+    for number in range(rounds):
+        for name, new in race(turns, seconds=0.0, title=title, seed=number).items():
             results[name] += new
-        seeds.append(len(seeds))
-        progress(f"{title}: round {len(seeds)}")
-
-    seeds: list[int] = []
-    while len(seeds) < rounds:
-        a_round()
+        progress(f"{title}: {number + 1} of {rounds}")
     return results
-
-
-def everybodys_turns(cast: Cast, which: str, do: str) -> dict[str, Callable[[], dict[str, Any]]]:
-    """The turns of all scenes in all ways; by the names of scene and way."""
-    return {
-        f"{scene.name}: {way}": partial(scene.ask, do, which, WAYS[way])
-        for scene in cast.scenes
-        for way in WAYS
-    }

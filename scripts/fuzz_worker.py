@@ -200,9 +200,10 @@ class Thrower:
             connection = socket.create_connection(self._addresses[name], timeout=5.0)
             try:
                 connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                heard = bytearray()
                 for piece in conversation:
                     connection.sendall(piece)
-                    _hear(connection, piece)
+                    _hear(connection, piece, heard)
             finally:
                 self._leave(connection)
 
@@ -222,19 +223,17 @@ class Thrower:
             self._idle.popleft().close()
 
 
-def _hear(connection: socket.socket, piece: bytes) -> None:
+def _hear(connection: socket.socket, piece: bytes, heard: bytearray) -> None:
     """Wait for the other side's greeting or READY: what comes before them is refused unseen."""
-    end = {greeting(): b"NULL", ready(): b"READY"}.get(piece)
-    if end is not None:
-        with suppress(TimeoutError):
-            connection.settimeout(0.05)
-            heard = b""
-            while end not in heard:
-                more = connection.recv(4096)
-                if not more:
-                    raise ConnectionResetError
-                heard += more
-        connection.settimeout(5.0)
+    end = {greeting(): b"NULL", ready(): b"READY"}.get(piece, b"")
+    connection.settimeout(0.05)
+    with suppress(TimeoutError):
+        while end not in heard:
+            more = connection.recv(4096)
+            if not more:
+                raise ConnectionResetError
+            heard += more
+    connection.settimeout(5.0)
 
 
 def fuzz(*, throws: int, seed: int, keys: bool, handler: str = "refuses") -> int:

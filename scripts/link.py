@@ -21,8 +21,8 @@ import os
 import struct
 import subprocess
 import sys
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any, Literal
@@ -36,6 +36,8 @@ DEVICE = "link0"
 TUN = Path("/dev/net/tun")
 TUNSETIFF, IFF_TUN, IFF_NO_PI = 0x400454CA, 0x0001, 0x1000
 SHUTTLE, PROBE = (Path(__file__).with_name(f"link_{name}.py") for name in ("shuttle", "probe"))
+PROBE_PORT = 7777
+Command = Callable[[Sequence[object]], list[str]]
 numbers = count()
 
 
@@ -192,25 +194,41 @@ def _remove_stale() -> None:
 
 
 def probe(link: Link, *, seconds: float) -> dict[str, float]:
-    """Measure a link with plain TCP.
+    """Measure a link with plain TCP (see :func:`probe_between`)."""
+    return probe_between(
+        partial(link.command, "a"),
+        partial(link.command, "b"),
+        address=link.address("b"),
+        port=PROBE_PORT,
+        seconds=seconds,
+    )
+
+
+def probe_between(
+    asking: Command, serving: Command, *, address: str, port: int, seconds: float
+) -> dict[str, float]:
+    """Measure what there is between two places with plain TCP.
 
     Args:
-        link: The link.
+        asking: Makes the command line that runs a command at one end.
+        serving: The same for the other end.
+        address: An address of the other end.
+        port: A port that is free there.
         seconds: How long each stream lasts.
 
     Returns:
         Round trips in milliseconds and rates in gigabits per second, as link_probe.py names them.
     """
-    python = [sys.executable, "-I", PROBE]
-    server = link.popen_in("b", [*python, "serve", link.address("b")])
+    python = [sys.executable, "-I", PROBE, "--address", address, "--port", port]
+    server = subprocess.Popen(serving([*python, "--serve"]))
     try:
-        time.sleep(0.5)
-        argv = [*python, "measure", link.address("b"), "--seconds", seconds]
-        done = link.run_in("a", argv, capture_output=True, text=True, check=True)
+        argv = asking([*python, "--seconds", seconds])
+        done = subprocess.run(argv, capture_output=True, text=True, check=True)
     finally:
         server.kill()
         server.wait()
-    return json.loads(done.stdout)
+    found: dict[str, float] = json.loads(done.stdout)
+    return found
 
 
 def main(

@@ -12,15 +12,16 @@ import sys
 import threading
 import time
 
-PORT = 7777
+Address = tuple[str, int]
 PINGS = 100
 WARM_UP_S = 0.5  # of a stream: until its windows are open
 PIECE = bytes(1 << 20)
+PATIENCE_S = 30.0
 
 
-def serve(address: str) -> None:
+def serve(address: Address) -> None:
     """Answer probes until killed."""
-    with socket.create_server((address, PORT)) as server:
+    with socket.create_server(address) as server:
         while True:
             connection, _ = server.accept()
             threading.Thread(target=_answer, args=(connection,), daemon=True).start()
@@ -29,7 +30,10 @@ def serve(address: str) -> None:
 def _answer(connection: socket.socket) -> None:
     with connection:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        kind, seconds = connection.recv(1), float(connection.recv(8))
+        kind = connection.recv(1)
+        if not kind:  # somebody looked whether we are here
+            return
+        seconds = float(connection.recv(8, socket.MSG_WAITALL))
         if kind == b"p":
             while byte := connection.recv(1):
                 connection.sendall(byte)
@@ -39,8 +43,8 @@ def _answer(connection: socket.socket) -> None:
             connection.sendall(f"{_received_per_s(connection):.0f}".encode())
 
 
-def _ask(address: str, kind: bytes, seconds: float) -> socket.socket:
-    connection = socket.create_connection((address, PORT), timeout=30)
+def _ask(address: Address, kind: bytes, seconds: float) -> socket.socket:
+    connection = socket.create_connection(address, timeout=PATIENCE_S)
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     connection.sendall(kind)
     connection.sendall(f"{seconds:<8.3f}".encode())
@@ -69,7 +73,7 @@ def _received_per_s(connection: socket.socket) -> float:
     return num_bytes / (last_s - first_s)
 
 
-def round_trips_ms(address: str) -> list[float]:
+def round_trips_ms(address: Address) -> list[float]:
     """Round trips of single bytes over one connection."""
     with _ask(address, b"p", 0.0) as connection:
         times_s = []
@@ -81,20 +85,20 @@ def round_trips_ms(address: str) -> list[float]:
     return [1e3 * each_s for each_s in times_s]
 
 
-def sent_per_s(address: str, seconds: float) -> float:
+def sent_per_s(address: Address, seconds: float) -> float:
     """Bytes per second of one stream to the other end."""
     with _ask(address, b"r", seconds) as connection:
         _send(connection, seconds)
         return float(connection.recv(64))
 
 
-def fetched_per_s(address: str, seconds: float) -> float:
+def fetched_per_s(address: Address, seconds: float) -> float:
     """Bytes per second of one stream from the other end."""
     with _ask(address, b"s", seconds) as connection:
         return _received_per_s(connection)
 
 
-def both_per_s(address: str, seconds: float) -> tuple[float, float]:
+def both_per_s(address: Address, seconds: float) -> tuple[float, float]:
     """Bytes per second of one stream each way at once."""
     fetched: list[float] = []
     other = threading.Thread(target=lambda: fetched.append(fetched_per_s(address, seconds)))
@@ -104,7 +108,7 @@ def both_per_s(address: str, seconds: float) -> tuple[float, float]:
     return sent, fetched[0]
 
 
-def measure(address: str, seconds: float) -> dict[str, float]:
+def measure(address: Address, seconds: float) -> dict[str, float]:
     """All of it: milliseconds and gigabits per second."""
     trips_ms = round_trips_ms(address)
     rates = {
@@ -119,17 +123,34 @@ def measure(address: str, seconds: float) -> dict[str, float]:
     }
 
 
+def wait_for_server(address: Address) -> None:
+    """Wait until the other end is there."""
+    end_s = time.monotonic() + PATIENCE_S
+    while True:
+        try:
+            socket.create_connection(address, timeout=PATIENCE_S).close()
+        except ConnectionRefusedError:
+            if time.monotonic() > end_s:
+                raise
+            time.sleep(0.05)
+        else:
+            return
+
+
 def main() -> None:
     """One of the two ends."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("do", choices=["serve", "measure"])
-    parser.add_argument("address")
+    parser.add_argument("--address", required=True)
+    parser.add_argument("--port", type=int, default=7777)
+    parser.add_argument("--serve", action="store_true")
     parser.add_argument("--seconds", type=float, default=2.0)
     options = parser.parse_args()
-    if options.do == "serve":
-        serve(options.address)
+    address = (options.address, options.port)
+    if options.serve:
+        serve(address)
     else:
-        json.dump(measure(options.address, options.seconds), sys.stdout)
+        wait_for_server(address)
+        json.dump(measure(address, options.seconds), sys.stdout)
 
 
 if __name__ == "__main__":

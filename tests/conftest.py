@@ -16,6 +16,7 @@ import torch
 # this only then.
 os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
 
+from families import FAMILIES
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -25,18 +26,6 @@ from moe_lightning.demo.random_checkpoint import make_checkpoint
 from moe_lightning.modeling.runner import ModelRunner
 from moe_lightning.tasks import Task
 
-FAMILIES = (
-    "mixtral",
-    "qwen2_moe",
-    "qwen3_moe",
-    "olmoe",
-    "deepseek_v2",
-    "deepseek_v3",
-    "gpt_oss",
-    "glm4_moe",
-    "granitemoe",
-    "phimoe",
-)
 TINY = {
     "hidden_size": 32,
     "num_layers": 3,  # the DeepSeek families begin with a dense layer

@@ -2,7 +2,7 @@
 
 import tempfile
 import threading
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -60,9 +60,13 @@ class ThreadWorker:
             raise self._failure
         return self.exit_code
 
+    def tell_to_leave(self):
+        """It does, within a fraction of a second."""
+        self._is_over.set()
+
     def end(self):
         """Have it leave; its exit code."""
-        self._is_over.set()
+        self.tell_to_leave()
         return self.wait()
 
 
@@ -77,17 +81,45 @@ def thread_worker(checkpoint, **options):
             worker.end()
 
 
-@pytest.fixture(scope="session")
+class WorkerPool:
+    """Workers in threads, by checkpoint and options, that serve master after master."""
+
+    def __init__(self, directory):
+        self._directory = directory
+        self._workers = {}
+
+    def __call__(self, checkpoint, num_workers, **options):
+        """Addresses of so many workers; with the same options the same ones each time."""
+        workers = self._workers.setdefault((str(checkpoint), repr(sorted(options.items()))), [])
+        while len(workers) < num_workers:
+            number = sum(map(len, self._workers.values()))
+            listen = f"ipc://{self._directory}/{number}"
+            workers.append(ThreadWorker(checkpoint, **{"listen": listen} | options))
+        return [worker.address for worker in workers[:num_workers]]
+
+    def close(self):
+        """End all of them."""
+        workers = [worker for some in self._workers.values() for worker in some]
+        for worker in workers:
+            worker.tell_to_leave()
+        for worker in workers:
+            worker.wait()
+
+
+@contextmanager
+def worker_pool():
+    """A pool for the block."""
+    with tempfile.TemporaryDirectory(prefix="moe-") as directory:
+        pool = WorkerPool(directory)
+        try:
+            yield pool
+        finally:
+            pool.close()
+
+
+@pytest.fixture(scope="module")
 def worker_threads():
     """Addresses of so many workers of a checkpoint: ``worker_threads(path, 3, **options)``; they
-    wait for master after master, for the whole session."""
-    with ExitStack() as stack:
-        kept = {}
-
-        def start(checkpoint, num_workers, **options):
-            workers = kept.setdefault((str(checkpoint), repr(sorted(options.items()))), [])
-            while len(workers) < num_workers:
-                workers.append(stack.enter_context(thread_worker(checkpoint, **options)))
-            return [worker.address for worker in workers[:num_workers]]
-
-        yield start
+    wait for master after master, until the module's tests are done."""
+    with worker_pool() as pool:
+        yield pool

@@ -160,6 +160,18 @@ class RPCStrategy(OneProcessStrategy):
     def root_device(self) -> torch.device:
         return (self.parallel_devices or [torch.device("cpu")])[0]
 
+    @property
+    @override
+    def global_rank(self) -> int:
+        # The other ranks of torchrun and SLURM run no model, but scripts ask who they are.
+        world = world_from_environment()
+        return 0 if world is None else world.rank
+
+    @property
+    @override
+    def is_global_zero(self) -> bool:
+        return self.global_rank == 0
+
     @override
     def _configure_launcher(self) -> None:
         self._launcher = RPCLauncher(self)
@@ -264,7 +276,9 @@ class RPCStrategy(OneProcessStrategy):
             addresses = self.workers
         elif world is not None:
             addresses = world.collect(
-                self.join_timeout_s, keys=self.keys is not None, insecure=self.insecure_network
+                self.join_timeout_s,
+                keys=self.keys is not None,
+                insecure=self.insecure_network and self.transport == "tensorpipe",
             )
         else:
             self._local = LocalWorkers(
@@ -312,7 +326,8 @@ class RPCStrategy(OneProcessStrategy):
 
     def _threads(self) -> int:
         threads = self._threads_before or torch.get_num_threads()
-        if self.threads is not None or self.workers is not None:
+        starts_none = self.workers is not None or world_from_environment() is not None
+        if self.threads is not None or starts_none:
             return self.threads or threads
         return max(1, threads // (self.num_workers or LOCAL_WORKERS))
 

@@ -87,6 +87,7 @@ def bind(
     Raises:
         UsageError: If the address cannot be had.
     """
+    number = numeric(address)
     socket = context.socket(zmq.ROUTER)
     _set_limits(socket, max_frame_bytes)
     socket.sndhwm = _MAX_UNREAD
@@ -100,9 +101,9 @@ def bind(
         socket.curve_secretkey = keys.secret
         # With a domain, nobody is let in if the authenticator is not there to ask.
         socket.zap_domain = _ZAP_DOMAIN
-    socket.ipv6 = "[" in address
+    socket.ipv6 = "[" in number
     try:
-        socket.bind(numeric(address))
+        socket.bind(number)
     except zmq.ZMQError as error:
         socket.close(linger=0)
         if error.errno == zmq.EADDRINUSE:

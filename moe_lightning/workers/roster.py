@@ -176,9 +176,10 @@ class Roster:
 
     def close(self) -> None:
         """Tell the workers that the run is over, and give up all sockets."""
+        # Those too whose answer to hello was not waited for, when another one refused.
         told = [
             self.tell(worker, "bye", {})
-            for worker in self.offers
+            for worker in range(self._num_workers)
             if self.liveness.lost(worker) is None
         ]
         deadline_s = time.monotonic() + GOODBYE_S

@@ -116,7 +116,14 @@ def serve_experts(
         show_progress=not options.parent_pipe,
     )
     server = ZmqServer(options.listen, keys=keys)
-    pulse = PulseServer(pulse_address(server.address), keys=keys, progress=lambda: view.bytes_read)
+    try:
+        # With port 0 any port that is free: the one after the server's may be taken.
+        pulse = PulseServer(
+            pulse_address(options.listen), keys=keys, progress=lambda: view.bytes_read
+        )
+    except UsageError:
+        server.close()
+        raise
 
     def join(body: dict[str, Any], answer: Answer) -> Callable[[], None]:
         from moe_lightning.transport.tensorpipe_server import join_tensorpipe

@@ -197,12 +197,12 @@ import lightning as L
 from torch.utils.data import DataLoader
 from moe_lightning import Embed, Generate, MoELightningModule, RPCStrategy, Score
 
-checkpoint, rows_file = sys.argv[1:]
+checkpoint, rows_file, transport = sys.argv[1:]
 prompts = [json.loads(line)["prompt"] for line in open(rows_file)]
 module = MoELightningModule(checkpoint)
 trainer = L.Trainer(
-    strategy=RPCStrategy(policy="round_robin"), accelerator="cpu", devices=1, logger=False,
-    enable_checkpointing=False, enable_progress_bar=False,
+    strategy=RPCStrategy(policy="round_robin", transport=transport), accelerator="cpu",
+    devices=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
 )
 for task in (Score(), Embed(), Generate(max_new_tokens=6)):
     module.task = task
@@ -213,9 +213,12 @@ for task in (Score(), Embed(), Generate(max_new_tokens=6)):
 """
 
 
-def test_a_plain_lightning_script_under_torchrun(tiny, rows_file, expected, work) -> None:
+@pytest.mark.parametrize("transport", ["zmq", "tensorpipe"])
+def test_a_plain_lightning_script_under_torchrun(
+    tiny, rows_file, expected, work, transport
+) -> None:
     Path("script.py").write_text(SCRIPT)
-    finished = torchrun(3, "script.py", tiny, rows_file)
+    finished = torchrun(3, "script.py", tiny, rows_file, transport)
     assert finished.returncode == 0, finished.stderr
     for task, key in (("Score", "logprob"), ("Embed", "embedding"), ("Generate", "token_ids")):
         rows, *none = (json.loads(Path(f"{task}-{rank}.json").read_text()) for rank in range(3))
@@ -231,6 +234,19 @@ def test_a_master_that_cannot_begin_ends_the_workers_of_torchrun(arguments_of, w
     assert finished.returncode != 0
     assert "error: " in finished.stderr
     assert "nope.jsonl" in finished.stderr
+
+
+def test_validate(by_hand, run, tiny) -> None:
+    Path("text.txt").write_text("so long lives this and this gives life to thee\n" * 50)
+    data = ("--data.train", "text.txt", "--data.val", "text.txt", "--data.sequence_length", 32)
+    losses = []
+    for name, strategy in (("single", ()), ("out", named(by_hand))):
+        arguments = ("--model.checkpoint", tiny, "--output_dir", name, *data, *strategy)
+        finished = run("validate", *arguments)
+        assert finished.code == 0, finished.err
+        (found,) = re.findall(r"val_loss\W+([0-9.]+)", finished.out)
+        losses.append(float(found))
+    assert losses[1] == pytest.approx(losses[0], abs=1e-5)
 
 
 def test_the_shipped_config_says_every_option_of_the_strategy(run) -> None:

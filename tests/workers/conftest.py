@@ -4,27 +4,18 @@ from contextlib import ExitStack, suppress
 
 import pytest
 import torch
+from masters import LAYERS, NUM_EXPERTS, Master, placed
 from worker_threads import worker_threads
 
-from moe_lightning.dispatch import RemoteDispatcher, RoutingLog
-from moe_lightning.experts import ExpertShard
 from moe_lightning.experts.backends import reference
 from moe_lightning.modeling.checkpoint import open_checkpoint
-from moe_lightning.modeling.loading import load_experts
 from moe_lightning.modeling.manifest import manifest_hash
 from moe_lightning.modeling.seam import find_moe_layers
-from moe_lightning.placement import ExpertPlacement
 from moe_lightning.transport.messages import Control
 from moe_lightning.transport.zmq_transport import ZmqTransport
-from moe_lightning.workers.fleet import Fleet
-from moe_lightning.workers.question import WireOptions
 from moe_lightning.workers.roster import Roster
 
-__all__ = ["worker_threads"]
-
-CPU = torch.device("cpu")
-LAYERS = (0, 1, 2)
-NUM_EXPERTS = 8
+__all__ = ["placed", "worker_threads"]
 
 
 @pytest.fixture(scope="session")
@@ -65,92 +56,27 @@ def meet(checkpoint):
 
         def meet(addresses, *, timeout_s=15.0, join_timeout_s=20.0, manifest=None):
             roster = Roster(addresses, keys=None, timeout_s=timeout_s)
-            stack.callback(_say_goodbye, roster)
-            stack.callback(roster.close)
-            with open_checkpoint(str(checkpoint)) as view:
+            with open_checkpoint(str(checkpoint)) as view, ExitStack() as on_failure:
+                on_failure.callback(roster.close)
                 manifest = manifest or manifest_hash(view)
-            roster.meet(manifest, join_timeout_s=join_timeout_s, still_starting=lambda: None)
+                roster.meet(manifest, join_timeout_s=join_timeout_s, still_starting=lambda: None)
+                on_failure.pop_all()
+            stack.callback(_tell_the_lost, roster)
+            stack.callback(roster.close)
             return roster
 
         yield meet
 
 
-def _say_goodbye(roster):
-    """Tell those that the master takes for lost as well: the next test's master is to be served."""
+def _tell_the_lost(roster):
+    """Tell workers that a test has called lost that they are free for the next test's master."""
+    lost = [worker for worker in roster.offers if roster.liveness.lost(worker) is not None]
     transport = ZmqTransport(roster.addresses)
-    pending = [
-        transport.ask(worker, 1, Control(roster.session, 1, "bye", {}).frames())
-        for worker in range(len(roster.addresses))
-    ]
-    for each in pending:
+    frames = Control(roster.session, 1, "bye", {}).frames()
+    for pending in [transport.ask(worker, 1, frames) for worker in lost]:
         with suppress(TimeoutError):  # it has left
-            each.result(5)
+            pending.result(1.0)
     transport.close()
-
-
-def placed(*experts_of_slot):
-    """A placement that is the same in every layer: ``placed((0, 1), (2, 3, ...))``."""
-    slots = tuple(
-        tuple(slot for slot, held in enumerate(experts_of_slot) if expert in held)
-        for expert in range(NUM_EXPERTS)
-    )
-    return ExpertPlacement(len(experts_of_slot), dict.fromkeys(LAYERS, slots))
-
-
-class Master:
-    """A fleet whose workers load, and a dispatcher for each layer."""
-
-    def __init__(self, roster, checkpoint, *, expert_bytes=1, master_adopts=False, wire=None):
-        self.fleet = Fleet(roster, wire=wire or WireOptions(), device=CPU)
-        self.log = RoutingLog()
-        self.read_at_home = []
-        self._checkpoint = checkpoint
-        self._expert_bytes = expert_bytes
-        self._adopts = master_adopts
-        self._dispatchers = {
-            layer: RemoteDispatcher(self.fleet, num_experts=NUM_EXPERTS, layer=layer, log=self.log)
-            for layer in LAYERS
-        }
-
-    def start_loading(self, placement, *, experts_backend="auto"):
-        self._backend = experts_backend
-        wait = self.fleet.start_loading(
-            placement,
-            dtype=torch.float32,
-            experts_backend=experts_backend,
-            expert_bytes=[dict.fromkeys(LAYERS, self._expert_bytes)] * self.fleet.home,
-            load_at_home=self._load_at_home if self._adopts else None,
-        )
-        self._load_at_home(placement.experts_by_layer(self.fleet.home))
-        return wait
-
-    def _load_at_home(self, experts):
-        self.read_at_home.append({layer: list(ids) for layer, ids in experts.items() if ids})
-
-        def add(layer):
-            ids = experts[layer.layer]
-            shard = ExpertShard(
-                layer.experts, layer=layer.layer, expert_ids=ids, backend=self._backend
-            )
-            self.fleet.held_at_home(layer.layer).add(shard)
-
-        with open_checkpoint(str(self._checkpoint)) as view:
-            load_experts(
-                view,
-                device=CPU,
-                dtype=torch.float32,
-                experts=experts,
-                on_layer=add,
-                show_progress=False,
-            )
-
-    @torch.inference_mode()
-    def compute(self, layer, *rows):
-        return self._dispatchers[layer](*rows)
-
-    def lose(self, worker, reason="made up"):
-        """Make the fleet believe that a worker is gone."""
-        self.fleet.roster.liveness.give_up(worker, reason)
 
 
 @pytest.fixture

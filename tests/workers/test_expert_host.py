@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from conftest import CPU, LAYERS
+from masters import CPU, LAYERS
 
 from moe_lightning.errors import CheckpointError
 from moe_lightning.experts.backends import reference

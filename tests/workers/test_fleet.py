@@ -6,7 +6,7 @@ import threading
 
 import pytest
 import torch
-from conftest import LAYERS, placed
+from masters import LAYERS, placed
 
 from moe_lightning.errors import WorkersLostError
 from moe_lightning.transport.messages import Sums

@@ -4,9 +4,9 @@ import itertools
 
 import pytest
 import torch
-from conftest import CPU
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from masters import CPU
 
 from moe_lightning.transport.messages import (
     Compute,

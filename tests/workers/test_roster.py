@@ -166,7 +166,7 @@ def test_an_answer_that_makes_no_sense_is_refused(body, stranger, meet):
         lambda hello: Failure(
             hello.session, hello.request, FailureCode.REFUSED, "not you"
         ).frames(),
-        lambda hello: Reply(hello.session, hello.request, {}).frames() + [b"more"],
+        lambda hello: [*Reply(hello.session, hello.request, {}).frames(), b"more"],
     ],
 )
 def test_a_stranger_at_the_address_is_an_error_and_no_crash(frames, stranger, meet):

@@ -6,7 +6,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from conftest import CPU, LAYERS
+from masters import CPU, LAYERS
 
 import moe_lightning
 from moe_lightning.modeling.checkpoint import open_checkpoint

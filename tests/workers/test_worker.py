@@ -4,7 +4,7 @@ import shutil
 import time
 
 import pytest
-from conftest import placed
+from masters import placed
 from worker_threads import ThreadWorker, thread_worker
 
 from moe_lightning.errors import CheckpointError, UsageError
