@@ -44,7 +44,7 @@ from jsonargparse import CLI
 
 REFERENCE_S = 120.0
 # Local workers are interpreters that import torch, as many at once as there are workers.
-JOIN_TIMEOUT_S = {"hand": 6.0, "local": 60.0}
+JOIN_TIMEOUT_S = {"hand": 4.0, "local": 60.0}
 DEMO_ROWS = Path(__file__).parents[1] / "moe_lightning" / "demo" / "prompts.jsonl"
 
 

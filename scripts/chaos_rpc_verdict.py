@@ -12,6 +12,7 @@ INTERRUPTED_S = 2.0
 ORPHANS_S = 30.0
 ORPHANS_THAT_SERVED_S = 2.0
 LOOKS_AGAIN_S = 0.1
+SLACK_S = 10.0
 SCORES_WITHIN = 1e-4
 
 
@@ -106,12 +107,11 @@ def judge(run: Run, setting: Setting, reference: Path, usual: Run | None) -> Ver
 def limit_of(run: Run, setting: Setting, usual: Run) -> float:
     """Longest time that a run may take: a few times what it takes without faults, and the waits."""
     waits_s = sum(
-        notice_limit(strike, setting) + 1 for strike in run.strikes if strike.fault.kind != "kill"
+        notice_limit(strike, setting) + (strike.fault.awake_s or 0) for strike in run.strikes
     )
-    waits_s += sum(strike.fault.awake_s or 0 for strike in run.strikes)
     if any(strike.at_s <= run.when("met") for strike in run.strikes):
         waits_s += setting.join_timeout_s[run.plan.start]
-    return 3 * usual.run_s + waits_s + 10
+    return 3 * usual.run_s + waits_s + SLACK_S
 
 
 def notice_limit(strike: Strike, setting: Setting) -> float:

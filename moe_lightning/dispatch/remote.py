@@ -26,17 +26,19 @@ from moe_lightning.transport.transport import WorkerLost
 
 
 class Flight(Protocol):
-    """Rows on their way to a worker, and their sums on the way back.
+    """Rows on their way to a worker, and their sums on the way back."""
 
-    Attributes:
-        num_bytes_sent: Bytes of the message.
-        num_bytes_received: Bytes of the answer, once it is there.
-        compute_s: How long the worker computed, once the answer is there.
-    """
+    @property
+    def num_bytes_sent(self) -> int:
+        """Bytes of the message."""
 
-    num_bytes_sent: int
-    num_bytes_received: int
-    compute_s: float
+    @property
+    def num_bytes_received(self) -> int:
+        """Bytes of the answer, once it is there."""
+
+    @property
+    def compute_s(self) -> float:
+        """How long the worker computed, once the answer is there."""
 
     def result(self) -> Tensor:
         """Wait for the sums, ``[R, D]`` on the device of the rows.

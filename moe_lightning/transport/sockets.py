@@ -20,8 +20,6 @@ MAX_FRAME_BYTES = 256 * 2**20
 _SILENCE_MS = 30_000
 # What a stranger can make a listener hold is what his link carries in this time.
 _HANDSHAKE_MS = 5_000
-# Answers to a peer that does not read them; further ones are dropped.
-_MAX_UNREAD = 16
 _ZAP_DOMAIN = b"worker"
 
 HANDSHAKE_FAILURES = (
@@ -51,8 +49,6 @@ def connect(
     """
     socket = context.socket(zmq.DEALER)
     _set_limits(socket, max_frame_bytes)
-    socket.sndhwm = 0  # what is in flight is the asker's business, and is not copied
-    socket.rcvhwm = 0
     socket.reconnect_ivl = 100
     socket.reconnect_ivl_max = 1000
     socket.connect_timeout = 5000
@@ -90,11 +86,6 @@ def bind(
     number = numeric(address)
     socket = context.socket(zmq.ROUTER)
     _set_limits(socket, max_frame_bytes)
-    socket.sndhwm = _MAX_UNREAD
-    # A peer that dies while its messages are held back, with a heartbeat behind them, would end
-    # this process (libzmq 4.3.5: "Assertion failed: !_io_error"). So nothing is held back: whoever
-    # is past the handshake is trusted not to flood.
-    socket.rcvhwm = 0
     if keys is not None:
         socket.curve_server = True
         socket.curve_publickey = keys.public
@@ -200,6 +191,12 @@ class Monitor:
 def _set_limits(socket: "zmq.Socket[bytes]", max_frame_bytes: int) -> None:
     socket.linger = 0
     socket.maxmsgsize = max_frame_bytes
+    # No limit to the number of messages: a full ROUTER drops answers, and one that holds back what
+    # it receives takes its whole process with it when that peer dies with a heartbeat under way
+    # (libzmq 4.3.5: "Assertion failed: !_io_error"). Whoever is past the handshake is trusted not
+    # to flood; what is in flight is the asker's choice.
+    socket.sndhwm = 0
+    socket.rcvhwm = 0
     socket.handshake_ivl = _HANDSHAKE_MS
     # The kernel finds peers that are gone without a word, whether or not something is under way.
     socket.tcp_keepalive = 1

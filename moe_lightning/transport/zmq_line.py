@@ -85,18 +85,11 @@ class Line:
         """
         self._socket.rcvtimeo = round(wait_s * 1000)
         try:
-            frames = [self._socket.recv(copy=False)]
+            frames = self._socket.recv_multipart(copy=False)
         except zmq.Again:
             return False
-        num_frames = 1
-        while frames[-1].more:
-            frame = self._socket.recv(copy=False)
-            num_frames += 1
-            if num_frames > MAX_FRAMES:
-                frames.pop()
-            frames.append(frame)
         header = frames[0].buffer
-        if num_frames <= MAX_FRAMES and len(header) >= _REQUEST.size:
+        if len(frames) <= MAX_FRAMES and len(header) >= _REQUEST.size:
             question = self._asked.pop(_REQUEST.unpack_from(header)[0], None)
             if question is not None:
                 question.answer = [frame.buffer for frame in frames]

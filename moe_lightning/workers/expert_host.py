@@ -41,6 +41,11 @@ class ExpertHost:
         self._show_progress = show_progress
         self._held: dict[int, HeldExperts] = {}
 
+    @property
+    def has_limit(self) -> bool:
+        """Whether experts may take a part of the memory only."""
+        return self._memory_bytes is not None
+
     def offered_bytes(self) -> int:
         """Bytes that more experts may take now."""
         free = free_bytes(self.device)

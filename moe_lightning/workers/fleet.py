@@ -21,7 +21,7 @@ from moe_lightning.placement.adoption import Survivor, plan_adoption
 from moe_lightning.transport.messages import Failure
 from moe_lightning.transport.transport import ExpertTransport, Pending, WorkerLost
 from moe_lightning.workers.holdings import Holdings, in_words
-from moe_lightning.workers.question import Questions, WireOptions, WorkerFlight
+from moe_lightning.workers.question import Flights, Questions, WireOptions, WorkerFlight
 from moe_lightning.workers.roster import LOOK_AGAIN_S, Roster
 
 _log = logging.getLogger("moe_lightning.fleet")
@@ -49,6 +49,7 @@ class Fleet:
         self.lost: dict[int, str] = {}
         self._device = device
         self._data: ExpertTransport = roster.transport
+        self._wire = wire
         self._questions = Questions(roster.session, wire, ids=roster.ids, device=device)
         self._held_at_home: dict[int, HeldExperts] = {}
         self._expert_bytes: Sequence[Mapping[int, int]] = ()
@@ -166,7 +167,7 @@ class Fleet:
 
     def ask(
         self, slot: int, layer: int, rows_RD: Tensor, index_RK: Tensor, weights_RK: Tensor
-    ) -> WorkerFlight:
+    ) -> WorkerFlight | Flights:
         """Send rows to a worker.
 
         Args:
@@ -182,6 +183,15 @@ class Fleet:
         Raises:
             WorkerLost: If the worker is known to be gone.
         """
+        num_bytes = rows_RD.numel() * rows_RD.element_size()
+        num_parts = max(1, min(-(-num_bytes // self._wire.message_bytes), len(rows_RD)))
+        tensors = (t.tensor_split(num_parts) for t in (rows_RD, index_RK, weights_RK))
+        parts = [self._ask(slot, layer, *part) for part in zip(*tensors, strict=True)]
+        return parts[0] if num_parts == 1 else Flights(parts)
+
+    def _ask(
+        self, slot: int, layer: int, rows_RD: Tensor, index_RK: Tensor, weights_RK: Tensor
+    ) -> WorkerFlight:
         question = self._questions.put(layer, rows_RD, index_RK, weights_RK)
         pending = self._data.ask(slot, question.request, question.frames)
         return WorkerFlight(slot, question, pending, give_up=self.roster.liveness.give_up)

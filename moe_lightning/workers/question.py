@@ -27,6 +27,7 @@ from moe_lightning.transport.wire import (
     wire_dtype,
 )
 
+MESSAGE_BYTES = 16 * 2**20
 ANSWER_TIMEOUT_S = 600.0  # of a worker that is alive but never done
 
 
@@ -37,12 +38,15 @@ class WireOptions:
     Attributes:
         dispatch_dtype: Of rows on their way to workers.
         combine_dtype: Of sums on their way back.
+        message_bytes: Rows of more bytes go in several messages, and a worker computes the first
+            ones while the next are on their way.
         errors: Largest relative error of either direction, once compressed rows were measured; the
             first message of each layer is.
     """
 
     dispatch_dtype: WireDtypeName = "working"
     combine_dtype: WireDtypeName = "working"
+    message_bytes: int = MESSAGE_BYTES
     errors: dict[str, float] = field(default_factory=dict)
 
     def note(self, direction: str, error: float) -> None:
@@ -215,3 +219,33 @@ class WorkerFlight:
     def _lost(self, reason: str) -> WorkerLost:
         self._give_up(self._worker, reason)
         return WorkerLost(self._worker, reason)
+
+
+class Flights:
+    """Rows that went in several messages (dispatch.Flight).
+
+    Args:
+        parts: The messages' flights, in the order of the rows.
+    """
+
+    def __init__(self, parts: Sequence[WorkerFlight]) -> None:
+        self._parts = parts
+
+    @property
+    def num_bytes_sent(self) -> int:
+        """Bytes of all messages."""
+        return sum(part.num_bytes_sent for part in self._parts)
+
+    @property
+    def num_bytes_received(self) -> int:
+        """Bytes of all answers that are there."""
+        return sum(part.num_bytes_received for part in self._parts)
+
+    @property
+    def compute_s(self) -> float:
+        """How long the worker computed in all."""
+        return sum(part.compute_s for part in self._parts)
+
+    def result(self) -> Tensor:
+        """Wait for all sums, as :meth:`WorkerFlight.result` does."""
+        return torch.cat([part.result() for part in self._parts])

@@ -166,7 +166,7 @@ class WorkerSession:
         return {
             "torch": str(torch.__version__),
             "device": str(device),
-            "pool": memory_pool(device),
+            "pool": self._pool(),
             "free_bytes": self._host.offered_bytes(),
             "threads": torch.get_num_threads(),
             "experts_backend": self._host.experts_backend,
@@ -174,6 +174,11 @@ class WorkerSession:
             "host": socket.gethostname(),
             "pid": os.getpid(),
         }
+
+    def _pool(self) -> str:
+        """The memory that experts share with others: the device's, unless this has its own part."""
+        pool = memory_pool(self._host.device)
+        return f"{pool} {self._pulse.address}" if self._host.has_limit else pool
 
     def _control(self, control: Control) -> Frames:
         try:

@@ -285,7 +285,9 @@ def test_a_wrong_placement_is_named(predict_rows, name) -> None:
 def test_a_device_that_is_too_small_is_said_before_anything_is_read(
     predict_rows, monkeypatch
 ) -> None:
-    monkeypatch.setattr("moe_lightning.strategies.placement_strategy.free_bytes", lambda device: 200_000_000)
+    monkeypatch.setattr(
+        "moe_lightning.strategies.placement_strategy.free_bytes", lambda device: 200_000_000
+    )
     check(predict_rows(*SLOTS, "[cpu,cpu]"), "not fit", " GB", "--model.dtype bfloat16")
 
 

@@ -6,6 +6,7 @@ import random
 import socket
 import threading
 import time
+import weakref
 from contextlib import ExitStack
 from itertools import count
 
@@ -144,6 +145,46 @@ def test_a_cut_to_one_worker_does_not_wait_for_another(start_worker, connect, pr
     pendings[0].result(10)
     # It has been asked again while the other was waited for.
     assert payload_of(pendings[1].result(0.8)) == [b"0.8"]
+
+
+def test_an_answer_from_before_a_cut_is_taken(start_worker, connect, proxy):
+    slow, counting = start_worker("sleep"), start_worker("count")
+    between = proxy(counting.address)
+    transport = connect(slow.address, between.address)
+    pendings = [ask(transport, b"1"), ask(transport, b"x", worker=1)]
+    time.sleep(0.3)
+    between.cut_all()
+    pendings[0].result(10)  # meanwhile the other line is mended, with an answer waiting in it
+    assert payload_of(pendings[1].result(10)) == [b"1"]
+
+
+def test_what_is_asked_after_a_cut_is_asked_once(fake_worker, connect, proxy):
+    between = proxy(fake_worker.last_endpoint.decode())
+    transport = connect(between.address)
+    pending = ask(transport, b"before")
+    fake_worker.send_multipart(fake_worker.recv_multipart())
+    pending.result(10)
+    between.cut_all()
+    time.sleep(0.3)
+    pending = ask(transport, b"after")
+    with pytest.raises(TimeoutError):
+        pending.result(0.5)
+    fake_worker.send_multipart(fake_worker.recv_multipart())
+    assert payload_of(pending.result(10)) == [b"after"]
+    assert not fake_worker.poll(300)
+
+
+def test_what_is_answered_is_let_go_of(start_worker, connect):
+    class Payload(bytearray):
+        """Unlike a bytearray, it can be watched."""
+
+    payload = Payload(10**6)
+    watched = weakref.ref(payload)
+    pending = ask(connect(start_worker().address), payload)
+    del payload
+    pending.result(10)
+    time.sleep(0.1)
+    assert watched() is None
 
 
 def test_a_worker_that_starts_late_is_found(connect, start_worker, tmp_path):
