@@ -55,10 +55,10 @@ from jsonargparse import CLI
 from transformers.utils import logging as transformers_logging
 
 from moe_lightning.demo.random_checkpoint import make_checkpoint
+from moe_lightning.devices import parse_devices
 from moe_lightning.errors import UsageError
 from moe_lightning.experts import BackendName
 from moe_lightning.placement import save_loads
-from moe_lightning.devices import parse_devices
 
 PassName = Literal["prefill", "decode", "zipf"]
 DtypeName = Literal["float32", "bfloat16"]

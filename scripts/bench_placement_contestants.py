@@ -13,6 +13,7 @@ from bench_placement_clock import PartClock, progress, seconds_of
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from moe_lightning.devices import parse_devices
 from moe_lightning.dispatch import LayerTrace, RoutingLog
 from moe_lightning.dispatch.bookkeeping import Part
 from moe_lightning.errors import UsageError
@@ -21,7 +22,6 @@ from moe_lightning.modeling.runner import ModelRunner
 from moe_lightning.modeling.seam import dispatcher_of, find_moe_layers
 from moe_lightning.modeling.tokenizer import load_tokenizer
 from moe_lightning.strategies import HostingOptions, PlacementStrategy, host_on_one_device
-from moe_lightning.devices import parse_devices
 
 LOCAL, ONE_SLOT = "local", "1 slot"
 

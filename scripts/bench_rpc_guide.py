@@ -24,16 +24,21 @@ def mirror(expert: int, rows_RD: Tensor) -> Tensor:
 
 
 def join(options: Mapping[str, Any]) -> None:
-    """Join the others, with the defaults of torch.distributed.rpc."""
+    """Join the others, as machines do: by default processes of one use shared memory instead, and
+    even reach through network namespaces so."""
     # Else it takes what the machine's name resolves to.
     os.environ["TP_SOCKET_IFNAME"] = os.environ["GLOO_SOCKET_IFNAME"] = options["interface"]
     host, port = options["master"]
+    between_machines = {"_transports": ["uv"], "_channels": ["basic"]}
+    channels: Any = {} if options["is_shared_memory"] else between_machines
     rpc.init_rpc(
         f"worker{options['rank']}",
         rank=options["rank"],
         world_size=1 + len(options["addresses"]),
         rpc_backend_options=rpc.TensorPipeRpcBackendOptions(
-            init_method=f"tcp://{host}:{port}", rpc_timeout=120
+            init_method=f"tcp://{host}:{port}",
+            rpc_timeout=120,
+            **channels,
         ),
     )
 

@@ -22,13 +22,17 @@ from bench_rpc_player import Player, Process
 
 SCRIPTS = Path(__file__).parent
 ONE_MESSAGE, ECHO = "one message, zmq", "raw TCP echo"
-CALLS, CALLS_ONE_BY_ONE = "TensorPipe call per expert", "the same, one by one"
 OURS = {
     ONE_MESSAGE: ("zmq", "message"),
     "one message, tensorpipe": ("tensorpipe", "message"),
     "zmq call per expert": ("zmq", "calls"),
 }
-GUIDE = {CALLS: "at once", CALLS_ONE_BY_ONE: "one by one"}
+GUIDE = {
+    "TensorPipe call per expert": ("guide", "at once"),
+    "... one by one": ("guide", "one by one"),
+    "TensorPipe call per expert, shared memory": ("shared memory", "at once"),
+    "... one by one, shared memory": ("shared memory", "one by one"),
+}
 
 
 @dataclass(frozen=True)
@@ -113,9 +117,11 @@ def measure_layer(
             name: partial(_seconds, masters[transport], do="time", how=how)
             for name, (transport, how) in ours.items()
         }
-        if has_tensorpipe:
-            for name, how in GUIDE.items():
-                turns[name] = partial(_seconds, masters["guide"], do="time", how=how)
+        turns |= {
+            name: partial(_seconds, masters[kind], how=how)
+            for name, (kind, how) in GUIDE.items()
+            if kind in masters
+        }
         turns[ECHO] = partial(_seconds, masters["echo"], amounts=amounts)
         progress(f"layer, {place.name}: everybody is ready")
         race(turns, seconds=0.0, title="warm-up")
@@ -154,7 +160,12 @@ def _start(
     """Start everybody; nobody is waited for."""
     masters = {}
     numbers = asdict(sizes) | {"seed": seed, "interface": place.interface}
-    for kind in ("zmq", "tensorpipe", "guide", "echo") if has_tensorpipe else ("zmq", "echo"):
+    scripts = {"zmq": "mirror", "echo": "echo"}
+    if has_tensorpipe:
+        scripts |= {"tensorpipe": "mirror", "guide": "guide"}
+        if place.link is None:
+            scripts["shared memory"] = "guide"
+    for kind, script in scripts.items():
         addresses = [(place.worker_host, place.free_port()) for _ in range(sizes.num_workers)]
         keys = None if kind != "zmq" or place.keys is None else str(place.keys)
         master = numbers | {
@@ -162,10 +173,11 @@ def _start(
             "keys": keys,
             "transport": kind,
             "rank": 0,
+            "is_shared_memory": kind == "shared memory",
             "master": (place.master_host, place.free_port()),
         }
         workers: list[dict[str, Any]]
-        if kind == "guide":
+        if script == "guide":
             workers = [master | {"rank": 1 + number} for number in range(sizes.num_workers)]
         elif kind == "echo":
             workers = [{"address": address} for address in addresses]
@@ -180,11 +192,11 @@ def _start(
                 }
                 for host, port in addresses
             ]
-        script = SCRIPTS / f"bench_rpc_{kind if kind in ('guide', 'echo') else 'mirror'}.py"
+        path = SCRIPTS / f"bench_rpc_{script}.py"
         for number, worker in enumerate(workers):
-            argv = place.python("worker", [script, "worker", json.dumps(worker)])
+            argv = place.python("worker", [path, "worker", json.dumps(worker)])
             stack.callback(Process(argv, name=f"{kind} worker {number}, {place.name}").close)
-        argv = place.python("master", [script, "master", json.dumps(master)])
+        argv = place.python("master", [path, "master", json.dumps(master)])
         masters[kind] = Player(argv, name=f"{kind} master, {place.name}")
         # Last in, first out: masters leave before their workers.
         stack.callback(masters[kind].close)

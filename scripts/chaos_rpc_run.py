@@ -78,7 +78,9 @@ class Runner:
             run.orphans_s = time.monotonic() - master.end_s if not local.alive() else math.inf
             for pid in local.alive():
                 os.kill(pid, signal.SIGKILL)
-        elif run.bytes_before is not None:
+        # Who is to be woken is, even if nobody waits for him any more.
+        wait_until(victims.follow_up, math.inf)
+        if run.bytes_before is not None:
             run.bytes_after = victims.bytes_read(plan.faults[0].worker)
         return run
 
@@ -179,7 +181,6 @@ def _attend(run: Run, marks: Path, usual: Run | None, victims: _Victims, *, limi
         run.lag_s = max(run.lag_s, now_s - before_s - 2 * LOOK_S)
         before_s = now_s
     run.marks = _read(marks)
-    wait_until(victims.follow_up, math.inf)
 
 
 def _due_s(run: Run, fault: Fault, usual: Run | None) -> float:

@@ -56,13 +56,11 @@ def judge(run: Run, setting: Setting, reference: Path, usual: Run | None) -> Ver
         for strike in run.strikes
         if strike.at_s <= run.when("met") and not strike.fault.is_masters
     ]
-    # The second interrupt may come when the interpreter is about to end, which then says so.
-    is_hurried = any(strike.fault.kind == "interrupt_twice" for strike in run.strikes)
-    if "Traceback" in said and not is_hurried:
+    if "Traceback" in said:
         verdict.violations.append("the master said a traceback")
     if is_killed and code == -9:
         verdict.outcome = "killed"
-    elif code == 5 or (is_hurried and code == -2):
+    elif code == 5:
         verdict.outcome = "interrupted"
         verdict.violations += _interrupted(run)
     elif code == 0:
@@ -131,6 +129,9 @@ def _judge_notice(
         if mark.name == "lost" and mark.at_s == lost_at_s
     ]
     slept_s = strike.awake_at_s - strike.at_s
+    was_back_s = strike.at_s if strike.fault.kind == "restart" else strike.awake_at_s
+    if was_back_s < run.when("met") and not is_lost:
+        return  # the master has waited for it
     if is_lost and slept_s < 0.8 * setting.timeout_s:
         verdict.violations.append(f"{strike.name} was given up after a nap of {slept_s:.1f} s")
     limit_s = notice_limit(strike, setting) + run.lag_s

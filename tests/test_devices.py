@@ -5,9 +5,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from moe_lightning.errors import UsageError
 from moe_lightning import devices
 from moe_lightning.devices import free_bytes, parse_devices
+from moe_lightning.errors import UsageError
 
 CPU = torch.device("cpu")
 GB = 10**9

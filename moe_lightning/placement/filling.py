@@ -35,6 +35,8 @@ class Filling:
         self._copy_bytes = capacity.expert_bytes if capacity else dict.fromkeys(num_copies, 1)
         self._free = capacity.free_bytes if capacity else (float("inf"),) * num_slots
         assert len(self._free) == num_slots, "one number of free bytes for each slot"
+        self._names = (capacity and capacity.slot_names) or [f"slot {n}" for n in range(num_slots)]
+        self._more_room = capacity.more_room if capacity else Capacity.more_room
         assert all(self._copy_bytes[layer] > 0 for layer in num_copies)
         self._num_copies = num_copies
         self.num_in_layer = [0] * num_slots
@@ -108,11 +110,13 @@ class Filling:
 
     def _no_room(self, *, is_replica: bool) -> UsageError:
         needed = sum(num * self._copy_bytes[layer] for layer, num in self._num_copies.items())
-        free = ", ".join(f"slot {slot} {n / _GB:.3f} GB" for slot, n in enumerate(self._free))
+        free = ", ".join(
+            f"{name} {n / _GB:.3f} GB" for name, n in zip(self._names, self._free, strict=True)
+        )
         why = " (the copies of one expert on different slots)" if is_replica else ""
         return UsageError(
             f"The experts do not fit on the slots{why}: {sum(self._num_copies.values())} of them, "
             f"replicas included, need {needed / _GB:.3f} GB, the next one {self._bytes / _GB:.3f} "
-            f"GB; free for experts: {free}. Name more or other slots (cpu may be one), ask for "
+            f"GB; free for experts: {free}. {self._more_room}, ask for "
             "fewer replicas, or make the weights smaller (--model.dtype bfloat16)."
         )

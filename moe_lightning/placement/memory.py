@@ -18,10 +18,14 @@ class Capacity:
         free_bytes: Bytes that the experts of each slot may take, over all layers; infinity where
             there is no limit.
         expert_bytes: Bytes of one expert of each MoE layer.
+        slot_names: How the user calls each slot, for messages; none means by number.
+        more_room: What a user can do about too little room, for messages.
     """
 
     free_bytes: tuple[float, ...]
     expert_bytes: Mapping[int, int]
+    slot_names: tuple[str, ...] = ()
+    more_room: str = "Name more or other slots (cpu may be one)"
 
     @classmethod
     def of_devices(
@@ -33,6 +37,8 @@ class Capacity:
         dense_bytes: int,
         home: str,
         reserve_bytes: int = 0,
+        slot_names: Sequence[str] = (),
+        more_room: str = more_room,
     ) -> "Capacity":
         """Return the capacity of slots on devices: slots of one device share what is free equally.
 
@@ -43,13 +49,15 @@ class Capacity:
             dense_bytes: Bytes of the router and the dense layers.
             home: The device that holds these; it need not be one of the slots'.
             reserve_bytes: Bytes of each device to leave free, for activations and caches.
+            slot_names: How the user calls each slot, for messages.
+            more_room: What a user can do about too little room, for messages.
         """
         num_slots = Counter(device_of_slot)
         room = {device: float(free_bytes[device] - reserve_bytes) for device in num_slots}
         if home in room:
             room[home] -= dense_bytes
         shares = (max(0.0, room[device]) / num_slots[device] for device in device_of_slot)
-        return cls(tuple(shares), expert_bytes)
+        return cls(tuple(shares), expert_bytes, tuple(slot_names), more_room)
 
 
 def needed_bytes(

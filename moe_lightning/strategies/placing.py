@@ -147,6 +147,8 @@ def choose_placement(
             dense_bytes=dense_bytes,
             home=home,
             reserve_bytes=RESERVE_BYTES,
+            slot_names=[slot.name for slot in slots],
+            more_room=more_room,
         )
         placement = make_placement(
             options.policy,

@@ -5,7 +5,7 @@ master: router, attention, dense layers ── rows ──▶ worker 0: experts 
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from typing_extensions import override
@@ -124,6 +124,12 @@ class RPCStrategy(OneProcessStrategy):
         for name, seconds in (("timeout_s", timeout_s), ("join_timeout_s", join_timeout_s)):
             if seconds <= 0:
                 raise UsageError(f"trainer.strategy.{name}={seconds} must be more than 0.")
+        for name, dtype in (("dispatch", dispatch_dtype), ("combine", combine_dtype)):
+            if dtype not in get_args(WireDtypeName):
+                raise UsageError(
+                    f"trainer.strategy.{name}_dtype={dtype!r} does not exist; choose from "
+                    f"{', '.join(get_args(WireDtypeName))}."
+                )
         if transport not in ("zmq", "tensorpipe"):
             raise UsageError(f"trainer.strategy.transport={transport!r}: zmq or tensorpipe.")
         self.workers = workers
@@ -215,7 +221,8 @@ class RPCStrategy(OneProcessStrategy):
         self.placement = placement
 
         def add(layer: MoELayer, ids: Sequence[int]) -> None:
-            fleet.held_at_home(layer.layer).add(options.make_shard(layer, ids))
+            if ids:
+                fleet.held_at_home(layer.layer).add(options.make_shard(layer, ids))
 
         def adopt(experts: Mapping[int, Sequence[int]]) -> None:
             load_experts(

@@ -69,8 +69,6 @@ class ZmqTransport(ExpertTransport):
     @override
     def close(self) -> None:
         with self._lock:
-            if self._is_closed:
-                return
             self._is_closed = True
             desks = list(self._desks)
         for desk in desks:  # a thread that waits lets go of its desk within a slice

@@ -116,12 +116,15 @@ class Fleet:
         }
 
         def wait() -> None:
+            lost = []
             with tqdm(desc="Workers load", unit="B", unit_scale=True, delay=2, leave=False) as bar:
                 for worker, pending in asked.items():
                     try:
                         self._finish_loading(worker, pending, bar)
-                    except WorkerLost as lost:
-                        self.recover(lost.worker)
+                    except WorkerLost:
+                        lost.append(worker)
+            for worker in lost:  # now that all others have told what room they have left
+                self.recover(worker)
             self._holdings.plan_routes()
 
         return wait

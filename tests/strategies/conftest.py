@@ -51,9 +51,9 @@ def placed_trainer(trainer_with):
 def predict():
     """The rows of a task: ``predict(trainer, module, task)``."""
 
-    def predict(trainer, module, task, prompts=PROMPTS):
+    def predict(trainer, module, task, prompts=PROMPTS, batch_size=None):
         module.task = task
-        loader = DataLoader(prompts, batch_size=len(prompts))
+        loader = DataLoader(prompts, batch_size=batch_size or len(prompts))
         return [row for batch in trainer.predict(module, loader) for row in batch]
 
     return predict

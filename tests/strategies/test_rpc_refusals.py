@@ -60,6 +60,8 @@ LOCAL = ["tcp://127.0.0.1:7000"]
         ({"replicas": 2}, ["trainer.strategy.replicas", "linear", "balanced"]),
         ({"file": "p", "loads": "l"}, ["trainer.strategy.loads", "file"]),
         ({"policy": "best"}, ["policy='best'", "linear"]),
+        ({"dispatch_dtype": "int4"}, ["dispatch_dtype='int4'", "int8"]),
+        ({"combine_dtype": "float8"}, ["combine_dtype='float8'", "float16"]),
         ({"workers": ["127.0.0.1:7000"]}, ["trainer.strategy.workers", "tcp://HOST:PORT"]),
         ({"workers": ["tcp://10.0.0.5:7000"]}, ["tcp://10.0.0.5:7000", "--new-keys", "keys"]),
         (

@@ -6,7 +6,6 @@ A process is in one session of torch.distributed.rpc at a time, so workers canno
 import lightning as L
 import pytest
 from forked_workers import ForkedWorkers
-from torch.utils.data import DataLoader
 
 from moe_lightning import MoELightningModule
 from moe_lightning.strategies import RPCStrategy
@@ -91,7 +90,7 @@ class Kill(L.Callback):
 
 
 def test_the_text_stays_the_same_when_a_worker_is_killed(
-    family_checkpoint, answers, forked_workers, rpc_trainer
+    family_checkpoint, answers, forked_workers, rpc_trainer, predict
 ):
     path = family_checkpoint("mixtral")
     addresses = [forked_workers.start(path) for _ in range(3)]
@@ -99,9 +98,8 @@ def test_the_text_stays_the_same_when_a_worker_is_killed(
     kill = Kill(lambda: forked_workers.kill(addresses[1]))
     trainer.callbacks.append(kill)
     _, _, tokens = answers(path)
-    prompts = ["To be, or", "Once upon a time", "x", "It was the best of times, it was"]
-    module = MoELightningModule(str(path), task=Generate(max_new_tokens=6))
-    batches = trainer.predict(module, DataLoader(prompts, batch_size=1))
-    assert [row["token_ids"] for batch in batches for row in batch] == tokens
+    task = Generate(max_new_tokens=max(map(len, tokens)))
+    rows = predict(trainer, MoELightningModule(str(path)), task, batch_size=1)
+    assert [row["token_ids"] for row in rows] == tokens
     (lost,) = kill.report["workers_lost"]
     assert lost["address"] == addresses[1]

@@ -326,13 +326,21 @@ def test_asking_a_lost_worker_raises_at_once(start_worker, connect):
     assert payload_of(ask(transport, b"x", worker=1).result(10)) == [b"x"]
 
 
-def test_an_answer_that_is_there_counts_though_its_worker_is_lost(start_worker, connect):
+def test_answers_that_are_there_count_though_their_worker_is_lost(start_worker, connect):
     reasons = {}
     transport = connect(start_worker().address, lost=reasons.get)
-    pending = ask(transport, b"x")
+    pendings = [ask(transport, str(number).encode()) for number in range(5)]
     time.sleep(0.5)
     reasons[0] = "gone meanwhile"
-    assert payload_of(pending.result(10)) == [b"x"]
+    for number in (3, 0, 4, 1, 2):
+        assert payload_of(pendings[number].result(10)) == [str(number).encode()]
+
+
+def test_answers_that_are_there_need_no_time(start_worker, connect):
+    transport = connect(start_worker().address)
+    pendings = [ask(transport, str(number).encode()) for number in range(5)]
+    time.sleep(0.5)
+    assert payload_of(pendings[4].result(0)) == [b"4"]
 
 
 def test_a_loss_ends_a_wait_at_once(start_worker, connect):

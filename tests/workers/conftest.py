@@ -75,7 +75,7 @@ def _tell_the_lost(roster):
     frames = Control(roster.session, 1, "bye", {}).frames()
     for pending in [transport.ask(worker, 1, frames) for worker in lost]:
         with suppress(TimeoutError):  # it has left
-            pending.result(1.0)
+            pending.result(0.3)
     transport.close()
 
 

@@ -13,6 +13,7 @@ from moe_lightning.workers.question import WireOptions
 CPU = torch.device("cpu")
 LAYERS = (0, 1, 2)
 NUM_EXPERTS = 8
+EXPERT_BYTES = 3 * 32 * 24 * 4  # gate, up and down in float32
 
 
 def placed(*experts_of_slot):

@@ -4,15 +4,13 @@ import re
 
 import pytest
 import torch
-from masters import CPU, LAYERS
+from masters import CPU, EXPERT_BYTES, LAYERS
 
 from moe_lightning.errors import CheckpointError
 from moe_lightning.experts.backends import reference
 from moe_lightning.modeling.checkpoint import open_checkpoint
 from moe_lightning.modeling.seam import find_moe_layers
 from moe_lightning.workers.expert_host import ExpertHost
-
-EXPERT_BYTES = 3 * 32 * 24 * 4  # gate, up and down in float32
 
 
 @pytest.fixture

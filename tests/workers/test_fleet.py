@@ -3,10 +3,12 @@
 import logging
 import re
 import threading
+from contextlib import ExitStack
 
 import pytest
 import torch
-from masters import LAYERS, placed
+from masters import EXPERT_BYTES, LAYERS, placed
+from worker_threads import thread_worker
 
 from moe_lightning.errors import WorkersLostError
 from moe_lightning.transport.messages import Sums
@@ -142,6 +144,23 @@ def test_a_worker_is_lost_while_it_loads(workers, master, check_sums):
     wait()
     check_sums(made)
     assert set(made.fleet.lost) == {0}
+
+
+def test_who_adopts_while_all_load_is_asked_for_no_more_than_it_has_room_for(
+    checkpoint, master, check_sums
+):
+    """What a worker offered when it was met is less by what it loads at first."""
+    with ExitStack() as stack:
+        addresses = [
+            stack.enter_context(thread_worker(checkpoint, memory_gb=num * EXPERT_BYTES / 1e9))
+            for num in (24, 9 + 2, 9 + 4)
+        ]
+        made = master([worker.address for worker in addresses], expert_bytes=EXPERT_BYTES)
+        wait = made.start_loading(placed((0, 1), (2, 3, 4), (5, 6, 7)))
+        made.lose(0)
+        wait()
+        check_sums(made)
+        assert set(made.fleet.lost) == {0}
 
 
 def test_a_worker_that_gives_nonsense_for_sums_is_lost(workers, master, check_sums, monkeypatch):
