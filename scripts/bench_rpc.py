@@ -16,8 +16,8 @@ processes; zmq across the link has keys, and so is encrypted. Passes: score (pre
 (decode). All take turns in random order; medians count. Peers: the naive way, and one device that
 holds everything.
 
-Model: a random GLM-4-MoE of about 190 M parameters (hidden 1024, 4 layers, 64 experts of 192 of
-which 8 are used, shared experts of 1536). Master and workers have one thread each, and here share
+Model: a random GLM-4-MoE of about 210 M parameters (hidden 1024, 6 layers, 64 experts of 128 of
+which 8 are used, shared experts of 2048). Master and workers have one thread each, and here share
 the cores of one machine.
 
 The bound is max(dense time, expert time, bytes / rate): the model without its experts, timed in the
@@ -260,7 +260,11 @@ def choose_places(
 
 
 def _parse() -> tuple[Options, bool, bool]:
-    parser = ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = ArgumentParser(
+        description="Compare ways of asking experts on workers, over two transports, on loopback "
+        "and a slow link (root only). On two quiet cores a full run takes about 10 minutes, "
+        "--layer about 3, --quick 1. What is compared how: the top of this file."
+    )
     for name, what in (
         ("--layer", "Measure one layer alone instead, with nothing computed."),
         ("--quick", "Only look whether everything runs: a small model, one round."),

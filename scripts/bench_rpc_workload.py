@@ -29,10 +29,10 @@ class ModelSizes:
 
     family: str = "glm4_moe"
     hidden_size: int = 1024
-    num_layers: int = 4
+    num_layers: int = 6
     num_experts: int = 64
-    expert_size: int = 192
-    num_shared_experts: int = 8
+    expert_size: int = 128
+    num_shared_experts: int = 16
     top_k: int = 8
     num_heads: int = 16
     num_kv_heads: int = 4

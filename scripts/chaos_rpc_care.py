@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from chaos_rpc_record import Run, Setting, Strike
 from chaos_rpc_team import HandWorker, wait_until
 
-NOTICES_WITHIN_S = 2.0  # beyond the silence that it has to wait for
+NOTICES_WITHIN_S = 3.0  # beyond the silence that it has to wait for
 
 
 def look_after(run: Run, setting: Setting, team: Sequence[HandWorker]) -> list[str]:
@@ -63,7 +63,7 @@ def _wait_until_free(
         is_left, since_s = False, run.master.end_s  # there may have been no time for a word
     else:
         return []
-    until_s = since_s + setting.timeout_s * 1.1 + NOTICES_WITHIN_S + run.lag_s
+    until_s = since_s + setting.timeout_s * 1.1 + NOTICES_WITHIN_S
     left_s = max(0.0, until_s - time.monotonic())
     is_free = wait_until(lambda: worker.num_freed > run.num_freed[number], left_s)
     if is_left and not is_free:

@@ -91,7 +91,7 @@ class Run:
         strikes: The faults that happened; the master may have been done before.
         names: Addresses of the workers.
         orphans_s: How long local workers outlived the master.
-        lag_s: By how much the machine was late in waking those who slept, at worst.
+        waits: How long the master had waited for a core, and when; both in seconds.
         num_freed: How often each worker started by hand had given up a master before.
         bytes_before: Bytes that the others had read when the first fault happened.
         bytes_after: And after the run.
@@ -104,7 +104,7 @@ class Run:
     strikes: list[Strike] = field(default_factory=list)
     names: dict[int, str] = field(default_factory=dict)
     orphans_s: float = 0.0
-    lag_s: float = 0.0
+    waits: list[tuple[float, float]] = field(default_factory=list)
     num_freed: list[int] = field(default_factory=list)
     bytes_before: int | None = None
     bytes_after: int | None = None
@@ -118,6 +118,12 @@ class Run:
     def run_s(self) -> float:
         """How long the master was there."""
         return self.master.end_s - self.master.start_s
+
+    def waited_s(self, since_s: float = 0.0, until_s: float = math.inf) -> float:
+        """How long the master waited for a core during a time: on a busy machine it is late."""
+        before = [wait_s for at_s, wait_s in self.waits if at_s <= since_s]
+        until = [wait_s for at_s, wait_s in self.waits if at_s <= until_s]
+        return until[-1] - (before[-1] if before else 0.0) if until else 0.0
 
     def when(self, name: str) -> float:
         """When a mark was made first; infinity if never."""

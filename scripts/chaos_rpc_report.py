@@ -25,7 +25,7 @@ class Line:
         orphans_s: How long local workers outlived the master.
         run_s: How long the master was there.
         usual_s: How long it is without faults.
-        lag_s: How late the machine was, at worst.
+        waited_s: How long the master waited for a core of the machine.
         violations: What must not be.
     """
 
@@ -38,7 +38,7 @@ class Line:
     orphans_s: float
     run_s: float
     usual_s: float
-    lag_s: float
+    waited_s: float
     violations: list[str]
 
     def __str__(self) -> str:
@@ -54,8 +54,8 @@ class Line:
             said.append(f"adopted in {self.adopted_s:.2f} s")
         if self.plan.start == "local" and self.outcome == "killed":
             said.append(f"workers gone after {self.orphans_s:.2f} s")
-        if self.lag_s > 0.1:
-            said.append(f"[machine late by {self.lag_s:.2f} s]")
+        if self.waited_s > 0.2 * self.run_s:
+            said.append(f"[{self.waited_s:.1f} s without a core]")
         return "  ".join([*said, *(f"\n      VIOLATION {each}" for each in self.violations)])
 
 
@@ -71,7 +71,7 @@ def line_of(run: Run, verdict: Verdict, usual: Run | None) -> Line:
         orphans_s=run.orphans_s,
         run_s=run.run_s,
         usual_s=run.run_s if usual is None else usual.run_s,
-        lag_s=run.lag_s,
+        waited_s=run.waited_s(),
         violations=verdict.violations,
     )
 

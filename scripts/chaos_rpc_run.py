@@ -166,9 +166,9 @@ class _Victims:
 def _attend(run: Run, marks: Path, usual: Run | None, victims: _Victims, *, limit_s: float) -> None:
     """Be there until the master has ended, and strike when it is time."""
     waiting = list(run.plan.faults)
-    before_s = time.monotonic()
     while run.master.is_there:
         run.marks = _read(marks)
+        run.waits += _wait_for_a_core(run.master.pid)
         victims.look()
         victims.follow_up()
         is_due = waiting and time.monotonic() >= _due_s(run, waiting[0], usual)
@@ -177,9 +177,6 @@ def _attend(run: Run, marks: Path, usual: Run | None, victims: _Victims, *, limi
         if time.monotonic() - run.master.start_s > limit_s:
             run.master.end()
         time.sleep(LOOK_S)
-        now_s = time.monotonic()
-        run.lag_s = max(run.lag_s, now_s - before_s - 2 * LOOK_S)
-        before_s = now_s
     run.marks = _read(marks)
 
 
@@ -192,6 +189,14 @@ def _due_s(run: Run, fault: Fault, usual: Run | None) -> float:
         return math.inf
     begin_s, end_s = spans[turn]
     return begun[turn][0] + fault.fraction * (end_s - begin_s)
+
+
+def _wait_for_a_core(pid: int) -> list[tuple[float, float]]:
+    try:
+        waited_ns = int(Path(f"/proc/{pid}/schedstat").read_text().split()[1])
+    except (OSError, IndexError):  # gone, or a kernel that does not count
+        return []
+    return [(time.monotonic(), waited_ns / 1e9)]
 
 
 def _read(path: Path) -> list[Mark]:

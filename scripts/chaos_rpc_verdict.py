@@ -93,7 +93,7 @@ def judge(run: Run, setting: Setting, reference: Path, usual: Run | None) -> Ver
         verdict.adopted_s = adopted[-1] - run.when("lost")
     served = run.when("met") < math.inf
     orphans_s = ORPHANS_THAT_SERVED_S if served else ORPHANS_S
-    if run.orphans_s > orphans_s + run.lag_s:
+    if run.orphans_s > orphans_s:
         verdict.violations.append(
             f"local workers were there {run.orphans_s:.1f} s after the master"
         )
@@ -109,7 +109,7 @@ def limit_of(run: Run, setting: Setting, usual: Run) -> float:
     )
     if any(strike.at_s <= run.when("met") for strike in run.strikes):
         waits_s += setting.join_timeout_s[run.plan.start]
-    return 3 * usual.run_s + waits_s + SLACK_S
+    return 3 * usual.run_s + waits_s + run.waited_s() + SLACK_S
 
 
 def notice_limit(strike: Strike, setting: Setting) -> float:
@@ -134,7 +134,7 @@ def _judge_notice(
         return  # the master has waited for it
     if is_lost and slept_s < 0.8 * setting.timeout_s:
         verdict.violations.append(f"{strike.name} was given up after a nap of {slept_s:.1f} s")
-    limit_s = notice_limit(strike, setting) + run.lag_s
+    limit_s = notice_limit(strike, setting) + run.waited_s(strike.at_s, lost_at_s)
     if strike.at_s < run.when("ready") and usual is not None:
         # Who loads does not look; that no worker was lost is seen afterwards.
         limit_s += usual.when("ready") - usual.when("met")
@@ -176,7 +176,7 @@ def _interrupted(run: Run) -> list[str]:
     if at_s == math.inf:
         return ["nobody has interrupted it"]
     took_s = run.master.end_s - at_s
-    if took_s > INTERRUPTED_S + run.lag_s:
+    if took_s > INTERRUPTED_S + run.waited_s(at_s):
         return [f"it ended only {took_s:.2f} s after it was interrupted"]
     return _nothing_written(run) if at_s < run.when("done") else []
 

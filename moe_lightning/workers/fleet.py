@@ -18,7 +18,7 @@ from moe_lightning.errors import WorkersLostError
 from moe_lightning.experts import HeldExperts
 from moe_lightning.placement import ExpertPlacement
 from moe_lightning.placement.adoption import Survivor, plan_adoption
-from moe_lightning.transport.messages import Failure
+from moe_lightning.transport.messages import Failure, FailureCode
 from moe_lightning.transport.transport import ExpertTransport, Pending, WorkerLost
 from moe_lightning.workers.holdings import Holdings, in_words
 from moe_lightning.workers.question import Flights, Questions, WireOptions, WorkerFlight
@@ -152,6 +152,9 @@ class Fleet:
                 elif time.monotonic() - since_s > STUCK_S:
                     reason = f"it read nothing for {STUCK_S:.0f} s while it loaded its experts"
                     liveness.give_up(worker, reason)
+        if isinstance(answer, Failure) and answer.code is FailureCode.WRONG_SESSION:
+            liveness.give_up(worker, answer.text)
+            raise WorkerLost(worker, answer.text)
         if isinstance(answer, Failure):
             raise WorkersLostError(
                 f"worker {self.names[worker]} cannot load its experts: {answer.text}"

@@ -155,12 +155,15 @@ def test_with_room_for_all_no_layer_is_fuller_than_it_must_be(case):
         assert max(took, default=0) <= min(now.values(), default=0) + 1
 
 
+@pytest.mark.parametrize("room", [25, 10**6])
 @pytest.mark.parametrize("num_survivors", [1, 2, 3])
-def test_the_same_loss_is_answered_the_same_way(num_survivors):
+def test_the_same_loss_is_answered_the_same_way(num_survivors, room):
     survivors = {slot: survivor(3, 3) for slot in range(num_survivors)}
     orphans = {1: [4, 2], 0: [1, 0, 7]}
-    first = plan_adoption(orphans, survivors, room_bytes=PLENTY)
+    first = plan_adoption(orphans, survivors, room_bytes={"pool": room})
     again = plan_adoption(
-        dict(reversed(orphans.items())), dict(reversed(survivors.items())), room_bytes=PLENTY
+        dict(reversed(orphans.items())),
+        dict(reversed(survivors.items())),
+        room_bytes={"pool": room},
     )
     assert first == again

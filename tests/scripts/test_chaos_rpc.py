@@ -183,6 +183,7 @@ GOOD = {
         **{"kind": "kill_master", "code": -9, "rows": None, "lost_s": None, "adopted": None},
         "end_s": 5.0,
     },
+    "noticed late by a busy machine": {"lost_s": 6.2, "waits": [(4.0, 1.0), (6.0, 1.3)]},
     "Ctrl-C": {
         **{"kind": "interrupt", "code": 5, "rows": None, "lost_s": None, "adopted": None},
         "end_s": 6.5,
@@ -204,6 +205,10 @@ BAD = {
     "6 although others were there": ({"code": 6, "said": WORKER}, "exit code 6"),
     "a traceback": ({"said": "Traceback (most recent call last)"}, "traceback"),
     "noticed late": ({"lost_s": 6.2}, "was given up after 1.20 s, later than 1.00 s"),
+    "noticed late by a machine that was busy before": (
+        {"lost_s": 6.2, "waits": [(4.0, 1.0), (6.0, 1.1)]},
+        "was given up after 1.20 s, later than 1.10 s",
+    ),
     "never noticed": ({"lost_s": None, "adopted": None}, "nobody noticed"),
     "a stop noticed late": ({"kind": "stop", "lost_s": 7.3}, "after 2.30 s, later than 2.20 s"),
     "a nap taken for a loss": ({"kind": "stop", "awake_s": 1.0}, "given up after a nap of 1.0 s"),
@@ -275,7 +280,7 @@ def line():
         values = {
             **{"plan": draw(0), "stages": ["decode"], "outcome": "ok", "noticed_s": [0.66]},
             **{"reasons": ["its connection closed"], "adopted_s": 0.1, "orphans_s": 0.0},
-            **{"run_s": 3.0, "usual_s": 2.0, "lag_s": 0.0, "violations": []},
+            **{"run_s": 3.0, "usual_s": 2.0, "waited_s": 0.0, "violations": []},
         }
         return Line(**{**values, **changes})
 

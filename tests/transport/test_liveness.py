@@ -280,10 +280,11 @@ def test_a_pulse_bears_nonsense(pulse, watch):
         dealer.send(ping(SESSION, 2**64 - 1))
         pong = parse_pong(dealer.recv())
         assert (pong.session, pong.number) == (SESSION, 2**64 - 1)
-        dealer.send(os.urandom(5000))  # longer than a pulse takes: the connection ends
-        dealer.send(ping(SESSION, 1))
-        with pytest.raises(zmq.Again):
-            dealer.recv()
+        with dealer.get_monitor_socket(zmq.EVENT_DISCONNECTED) as ends:
+            assert not ends.poll(100)
+            dealer.send(os.urandom(5000))  # longer than what a pulse takes in
+            assert ends.poll(2000)
+            dealer.disable_monitor()
     time.sleep(0.5)
     assert liveness.lost(0) is None
 
@@ -381,3 +382,12 @@ def test_threads_may_ask_while_workers_come_and_go(pulse, watch):
         thread.join()
     assert not errors
     assert liveness.lost(0) is None
+
+
+def test_with_nobody_to_watch_it_sleeps(watch):
+    liveness = watch("tcp://127.0.0.1:9")
+    liveness.give_up(0, "enough")
+    time.sleep(0.3)
+    before_s = time.process_time()
+    time.sleep(1.0)
+    assert time.process_time() - before_s < 0.3

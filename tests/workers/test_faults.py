@@ -123,22 +123,44 @@ def test_double_late_and_unknown_answers_are_dropped(relay, two_workers, master,
     assert made.fleet.lost == {}
 
 
-def test_a_worker_that_is_started_again_at_the_same_address_is_lost(
-    checkpoint, tmp_path, two_workers, master, check_sums
-):
+@pytest.fixture
+def restarts(checkpoint, tmp_path):
+    """A worker's address, and what starts another worker there."""
     listen = f"ipc://{tmp_path}/w"
-    worker = ThreadWorker(checkpoint, listen=listen)
+    workers = [ThreadWorker(checkpoint, listen=listen)]
+
+    def restart():
+        workers[-1].end()
+        workers.append(ThreadWorker(checkpoint, listen=listen))
+
+    yield listen, restart
+    workers[-1].end()
+
+
+def test_a_worker_that_is_started_again_at_the_same_address_is_lost(
+    restarts, two_workers, master, check_sums
+):
+    listen, restart = restarts
     made = master([listen, two_workers[1]], HALVES)
     check_sums(made)
-    worker.end()
-    again = ThreadWorker(checkpoint, listen=listen)
-    try:
-        check_sums(made)
-        assert list(made.fleet.lost) == [0]
-        # By its pulse, or by its answer.
-        assert re.search("restarted|serves no such run", made.fleet.lost[0])
-    finally:
-        again.end()
+    restart()
+    check_sums(made)
+    assert list(made.fleet.lost) == [0]
+    # By its pulse, or by its answer.
+    assert re.search("restarted|serves no such run", made.fleet.lost[0])
+
+
+def test_a_worker_that_is_started_again_before_it_has_loaded_is_lost(
+    restarts, two_workers, master, check_sums
+):
+    """It is not a worker that cannot load, which would end the run."""
+    listen, restart = restarts
+    made = master([listen, two_workers[1]])
+    restart()
+    made.start_loading(HALVES)()
+    check_sums(made)
+    assert list(made.fleet.lost) == [0]
+    assert re.search("restarted", made.fleet.lost[0])
 
 
 # Real processes.

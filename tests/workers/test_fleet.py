@@ -14,9 +14,11 @@ from moe_lightning.errors import WorkersLostError
 from moe_lightning.transport.messages import Sums
 from moe_lightning.workers import fleet as fleet_module
 from moe_lightning.workers.expert_host import ExpertHost
+from moe_lightning.workers.question import WireOptions
 from moe_lightning.workers.session import WorkerSession
 
 LONG_ENOUGH_S = 20
+ROW_BYTES = 32 * 4
 
 
 @pytest.fixture
@@ -41,6 +43,65 @@ def test_sums_of_any_placement_are_those_of_the_family(placement, workers, maste
     for num_rows in (37, 1, 0):
         check_sums(made, num_rows=num_rows)
     assert made.fleet.lost == {}
+
+
+@pytest.fixture
+def sizes(monkeypatch):
+    """How many rows each message had that any worker has computed."""
+    sizes, real = [], ExpertHost.compute
+
+    def compute(self, layer, rows_RD, *rest):
+        sizes.append(len(rows_RD))
+        return real(self, layer, rows_RD, *rest)
+
+    monkeypatch.setattr(ExpertHost, "compute", compute)
+    return sizes
+
+
+@pytest.mark.parametrize(("rows_each", "num_messages"), [(1, 37), (10, 4), (36, 2), (37, 1)])
+def test_many_rows_go_in_several_messages(
+    rows_each, num_messages, workers, master, check_sums, sizes
+):
+    wire = WireOptions(message_bytes=rows_each * ROW_BYTES)
+    made = master(workers(1), placed(range(8)), wire=wire)
+    check_sums(made)
+    assert len(sizes) == num_messages * len(LAYERS)
+    assert sum(sizes) == 37 * len(LAYERS)
+    assert max(sizes) <= rows_each
+    check_sums(made, num_rows=0)
+
+
+def test_a_trace_counts_the_bytes_of_all_messages(workers, master, rows):
+    moved = []
+    for message_bytes in (10**9, 10 * ROW_BYTES):
+        wire = WireOptions(message_bytes=message_bytes)
+        made, traces = master(workers(1), placed(range(8)), wire=wire), []
+        made.log.subscribe(traces.append)
+        made.compute(0, *rows(37))
+        moved.append({span.part: span.num_bytes for span in traces[0].spans})
+        assert [span.part for span in traces[0].spans] == ["dispatch", "wait", "compute", "combine"]
+        made.fleet.close()
+    # A row, three experts in int16, and three float weights; three more headers.
+    assert moved[0]["dispatch"] > 37 * (ROW_BYTES + 3 * 2 + 3 * 4)
+    header = (moved[1]["dispatch"] - moved[0]["dispatch"]) / 3
+    assert moved[0]["dispatch"] == 37 * (ROW_BYTES + 3 * 2 + 3 * 4) + header
+    assert moved[0]["combine"] == moved[1]["combine"] == 37 * ROW_BYTES
+
+
+def test_a_loss_between_messages_of_the_same_rows(workers, master, check_sums, monkeypatch):
+    wire = WireOptions(message_bytes=10 * ROW_BYTES)
+    made = master(workers(2), placed((0, 1, 2, 3), (4, 5, 6, 7)), wire=wire)
+    real, num_asked = ExpertHost.compute, []
+
+    def compute(self, *rows):
+        num_asked.append(1)
+        if len(num_asked) == 3:
+            made.lose(1)
+        return real(self, *rows)
+
+    monkeypatch.setattr(ExpertHost, "compute", compute)
+    check_sums(made)
+    assert set(made.fleet.lost) == {1}
 
 
 def test_two_masters_one_after_the_other(workers, master, check_sums):
