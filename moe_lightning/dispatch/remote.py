@@ -140,17 +140,18 @@ class RemoteDispatcher(Dispatcher):
         ]
         if meanwhile is not None and flights:
             meanwhile()
-        out_TD = torch.zeros_like(hidden_TD)
+        out_TD: Tensor | None = None
         for share in shares:
             if share.slot == self.remote.home:
-                _add(out_TD, share, self._compute_at_home(share, hidden_TD, trace))
+                part_RD = self._compute_at_home(share, hidden_TD, trace)
+                out_TD = _add(out_TD, share, part_RD, hidden_TD)
         for share, flight in flights:
             part_RD = self._receive(share, flight, hidden_TD, trace)
             with maybe_span(trace, "combine", self.remote.names[share.slot]) as span:
                 if span is not None and not isinstance(flight, WorkerLost):
                     span.num_bytes = flight.num_bytes_received
-                _add(out_TD, share, part_RD)
-        return out_TD
+                out_TD = _add(out_TD, share, part_RD, hidden_TD)
+        return torch.zeros_like(hidden_TD) if out_TD is None else out_TD
 
     def _compute_at_home(self, share: Share, hidden_TD: Tensor, trace: LayerTrace | None) -> Tensor:
         held = self.remote.held_at_home(self.layer)
@@ -199,8 +200,10 @@ def _rows(share: Share, hidden_TD: Tensor) -> Tensor:
     return hidden_TD if share.token_R is None else hidden_TD[share.token_R]
 
 
-def _add(out_TD: Tensor, share: Share, part_RD: Tensor) -> None:
+def _add(out_TD: Tensor | None, share: Share, part_RD: Tensor, hidden_TD: Tensor) -> Tensor:
+    """Add a share's sums; the first ones of all rows become the output."""
     if share.token_R is None:
-        out_TD.add_(part_RD)
-    else:
-        out_TD.index_add_(0, share.token_R, part_RD)
+        return part_RD if out_TD is None else out_TD.add_(part_RD)
+    if out_TD is None:
+        out_TD = torch.zeros_like(hidden_TD)
+    return out_TD.index_add_(0, share.token_R, part_RD)

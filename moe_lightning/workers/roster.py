@@ -81,26 +81,37 @@ class Roster:
             "timeout_s": self._timeout_s,
             "master": f"{socket.gethostname()} {os.getpid()}",
         }
-        deadline_s = time.monotonic() + join_timeout_s
+        begin_s = time.monotonic()
+        deadline_s = begin_s + join_timeout_s
+        # By then a worker has noticed that its master was killed.
+        free_s = min(begin_s + 1.2 * self._timeout_s, deadline_s - 2 * LOOK_AGAIN_S)
         absent = {worker: self.tell(worker, "hello", body) for worker in range(self._num_workers)}
+        trouble = [""] * self._num_workers
         # Whoever answers is greeted at once: a worker that hears nothing takes its master for gone.
         while absent and time.monotonic() < deadline_s:
             still_starting()
             for worker, pending in list(absent.items()):
                 try:
                     answer = self.answer(pending, LOOK_AGAIN_S / self._num_workers)
-                except TimeoutError:
+                except TimeoutError as error:
+                    cause = str(error).partition(" s: ")[2]
+                    trouble[worker] = cause and f" ({cause})"
                     continue
                 del absent[worker]
+                is_busy = isinstance(answer, Failure) and answer.code is FailureCode.BUSY
+                if is_busy and time.monotonic() < free_s:
+                    time.sleep(LOOK_AGAIN_S)
+                    absent[worker] = self.tell(worker, "hello", body)
+                    continue
                 if isinstance(answer, Failure):
                     raise UsageError(
                         f"worker {self.addresses[worker]} refuses this run: {answer.text}"
                     )
                 self._welcome(worker, answer.body)
         if absent:
+            who = [f"{self.addresses[worker]}{trouble[worker]}" for worker in absent]
             raise UsageError(
-                f"no answer within {join_timeout_s:.0f} s from "
-                f"{', '.join(self.addresses[worker] for worker in absent)}. Start a worker "
+                f"no answer within {join_timeout_s:.0f} s from {', '.join(who)}. Start a worker "
                 "there (python -m moe_lightning worker --listen ADDRESS --model.checkpoint DIR), "
                 "check address, firewall (the port and the one after it) and keys, or wait longer "
                 "with --trainer.strategy.join_timeout_s."
