@@ -108,7 +108,7 @@ def test_keys_that_are_not_there_are_refused(module, trainer_with, refused, tmp_
 def test_a_worker_that_is_not_there_is_named(module, trainer_with, refused, addresses, tmp_path):
     nobody = f"ipc://{tmp_path}/nobody"
     trainer = trainer_with(RPCStrategy([addresses[0], nobody], join_timeout_s=0.8))
-    refused(trainer, module, f"from {nobody}.", "join_timeout_s")
+    refused(trainer, module, f"from {nobody} (no connection).", "join_timeout_s")
     predicted = trainer_with(RPCStrategy(addresses)).predict(
         MoELightningModule(str(module.view.path), task=Score()), DataLoader(["To be"])
     )
