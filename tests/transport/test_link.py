@@ -57,9 +57,16 @@ def test_delay_and_rate_are_those_asked_for(
         shuttle = link.close()
     # Two processes wake up for each byte, which takes them about 0.1 ms on any link.
     assert 2 * delay_ms <= found["round_trip_ms"] <= 1.1 * 2 * delay_ms + 0.15
-    for way in ("there", "back", "there_of_both", "back_of_both"):
+    # Both ways at once, acknowledgements wait behind the other stream's packets, and five processes
+    # share the cores.
+    for way, least in (
+        ("there", 0.9),
+        ("back", 0.9),
+        ("there_of_both", 0.7),
+        ("back_of_both", 0.7),
+    ):
         # Above: what a lost packet has held back is read all at once.
-        assert 0.9 * rate_gbit <= found[f"{way}_gbit"] <= 1.1 * rate_gbit, way
+        assert least * rate_gbit <= found[f"{way}_gbit"] <= 1.1 * rate_gbit, way
     assert shuttle["cpu"] < 0.5
 
 
