@@ -77,10 +77,7 @@ def test_a_silent_master_is_given_up_and_the_next_one_is_served(checkpoint, mast
         killed = master([worker.address], placed(range(8)), timeout_s=0.6)
         check_sums(killed)
         killed.fleet.roster.liveness.close()
-        with pytest.raises(UsageError, match="it serves another master"):
-            master([worker.address])
-        time.sleep(1.2)
-        made = master([worker.address], placed(range(8)))
+        made = master([worker.address], placed(range(8)))  # asks until the worker has noticed
         assert made.fleet.roster.offers[0]["free_bytes"] < 10**9, "of what it holds now"
         check_sums(made)
 
