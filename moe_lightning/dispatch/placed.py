@@ -83,7 +83,7 @@ class PlacedDispatcher(Dispatcher):
     def _start(self, share: Share, hidden_TD: Tensor, trace: LayerTrace | None) -> Finish:
         slot = self.slots[share.slot]
         with maybe_span(trace, "dispatch", slot.name) as span:
-            rows_RD = hidden_TD if share.token_R is None else hidden_TD[share.token_R]
+            rows_RD = share.rows(hidden_TD)
             if span is not None and share.slot != 0:
                 span.num_bytes = sum(t.nbytes for t in (rows_RD, share.index_RK, share.weights_RK))
             compute = self._compute(share.slot, trace)
@@ -107,12 +107,7 @@ class PlacedDispatcher(Dispatcher):
             with maybe_span(trace, "combine", name) as span:
                 if span is not None and share.slot != 0:
                     span.num_bytes = part_RD.nbytes
-                if share.token_R is None:
-                    out_TD = part_RD if out_TD is None else out_TD.add_(part_RD)
-                else:
-                    if out_TD is None:
-                        out_TD = hidden_TD.new_zeros(hidden_TD.shape)
-                    out_TD.index_add_(0, share.token_R, part_RD)
+                out_TD = share.add(part_RD, out_TD, hidden_TD)
         return hidden_TD.new_zeros(hidden_TD.shape) if out_TD is None else out_TD
 
 

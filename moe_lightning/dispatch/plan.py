@@ -35,6 +35,27 @@ class Share:
     index_RK: Tensor
     weights_RK: Tensor
 
+    def rows(self, hidden_TD: Tensor) -> Tensor:
+        """The rows that the slot takes, ``[R, D]``; the layer's own tensor if it takes all."""
+        return hidden_TD if self.token_R is None else hidden_TD[self.token_R]
+
+    def add(self, part_RD: Tensor, out_TD: Tensor | None, hidden_TD: Tensor) -> Tensor:
+        """Add the slot's sums to the layer's output.
+
+        Args:
+            part_RD: The sums; those of all rows may become the output.
+            out_TD: The sums of other slots; None if these are the first.
+            hidden_TD: The layer's rows, whose shape and dtype the output has.
+
+        Returns:
+            The output so far.
+        """
+        if self.token_R is None:
+            return part_RD if out_TD is None else out_TD.add_(part_RD)
+        if out_TD is None:
+            out_TD = hidden_TD.new_zeros(hidden_TD.shape)
+        return out_TD.index_add_(0, self.token_R, part_RD)
+
 
 class LayerRoutes:
     """Where the experts of one layer are.

@@ -144,25 +144,25 @@ class RemoteDispatcher(Dispatcher):
         for share in shares:
             if share.slot == self.remote.home:
                 part_RD = self._compute_at_home(share, hidden_TD, trace)
-                out_TD = _add(out_TD, share, part_RD, hidden_TD)
+                out_TD = share.add(part_RD, out_TD, hidden_TD)
         for share, flight in flights:
             part_RD = self._receive(share, flight, hidden_TD, trace)
             with maybe_span(trace, "combine", self.remote.names[share.slot]) as span:
                 if span is not None and not isinstance(flight, WorkerLost):
                     span.num_bytes = flight.num_bytes_received
-                out_TD = _add(out_TD, share, part_RD, hidden_TD)
+                out_TD = share.add(part_RD, out_TD, hidden_TD)
         return torch.zeros_like(hidden_TD) if out_TD is None else out_TD
 
     def _compute_at_home(self, share: Share, hidden_TD: Tensor, trace: LayerTrace | None) -> Tensor:
         held = self.remote.held_at_home(self.layer)
         with maybe_span(trace, "compute", self.remote.names[share.slot]):
-            return held.compute(_rows(share, hidden_TD), share.index_RK, share.weights_RK)
+            return held.compute(share.rows(hidden_TD), share.index_RK, share.weights_RK)
 
     def _send(
         self, share: Share, hidden_TD: Tensor, trace: LayerTrace | None
     ) -> Flight | WorkerLost:
         with maybe_span(trace, "dispatch", self.remote.names[share.slot]) as span:
-            rows_RD = _rows(share, hidden_TD)
+            rows_RD = share.rows(hidden_TD)
             try:
                 flight = self.remote.ask(
                     share.slot, self.layer, rows_RD, share.index_RK, share.weights_RK
@@ -188,22 +188,9 @@ class RemoteDispatcher(Dispatcher):
                 part_RD = flight.result()
         except WorkerLost as lost:
             self.remote.recover(lost.worker)
-            rows_RD = _rows(share, hidden_TD)
+            rows_RD = share.rows(hidden_TD)
             return self._compute(rows_RD, share.index_RK, share.weights_RK, None, trace)
         if trace is not None:
             now_s = time.perf_counter()
             trace.spans.append(Span("compute", name, now_s - flight.compute_s, now_s, 0))
         return part_RD
-
-
-def _rows(share: Share, hidden_TD: Tensor) -> Tensor:
-    return hidden_TD if share.token_R is None else hidden_TD[share.token_R]
-
-
-def _add(out_TD: Tensor | None, share: Share, part_RD: Tensor, hidden_TD: Tensor) -> Tensor:
-    """Add a share's sums; the first ones of all rows become the output."""
-    if share.token_R is None:
-        return part_RD if out_TD is None else out_TD.add_(part_RD)
-    if out_TD is None:
-        out_TD = torch.zeros_like(hidden_TD)
-    return out_TD.index_add_(0, share.token_R, part_RD)

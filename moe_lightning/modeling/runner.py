@@ -64,7 +64,7 @@ class ModelRunner:
         self.tokenizer = tokenizer
         self.padding = padding
         self._log = log
-        self.interleaver = interleaver
+        self._interleaver = interleaver
         self._has_plain_head: bool | None = None
         self._takes_left_padding: bool | None = None
 
@@ -112,7 +112,7 @@ class ModelRunner:
 
     def _in_turns(self, batch: PaddedBatch, compute: Callable[[PaddedBatch], Tensor]) -> Tensor:
         num_rows, width = batch.input_ids_BS.shape
-        turns = self.interleaver
+        turns = self._interleaver
         if turns is None or num_rows < 2 or num_rows * width < turns.min_tokens:
             return compute(batch)
         num_parts = min(turns.num_parts, num_rows)
