@@ -103,6 +103,7 @@ class World:
         if self._store is not None:
             try:
                 self._store.set(self._key("over"), "")
+                self._store.check([self._key("over")])  # it waits until the store has taken it
             except DistError:  # the store is gone, which says the same
                 return
 
