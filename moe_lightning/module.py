@@ -15,17 +15,26 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
+from torch.optim import Optimizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from typing_extensions import override
 
+from moe_lightning.collectives import RankGroup, SharingRanks
 from moe_lightning.data.batches import as_row_batch
+from moe_lightning.data.rank_batches import NumberedBatch
+from moe_lightning.data.records import RowBatch
 from moe_lightning.data.encode import Encoder
 from moe_lightning.dispatch import RoutingLog
 from moe_lightning.errors import CheckpointError, UsageError
 from moe_lightning.experts.names import BackendName
-from moe_lightning.finetune.losses import default_aux_loss_weight, language_model_losses
+from moe_lightning.finetune.adaptation import Adaptation
+from moe_lightning.finetune.fine_tuning import FineTuning, RouterBalance
+from moe_lightning.finetune.lora import LoRA
+from moe_lightning.finetune.losses import language_model_losses
+from moe_lightning.finetune.trainable import Trainable
 from moe_lightning.modeling.checkpoint import CheckpointView, open_checkpoint
 from moe_lightning.modeling.export import export_model
 from moe_lightning.modeling.precision import DtypeName, choose_dtype
@@ -64,8 +73,10 @@ class MoELightningModule(L.LightningModule):
         optimizer: The optimizer of fit, with its options. The default is AdamW.
         lr_scheduler: The learning-rate schedule of fit, stepped after every optimizer step. The
             default is none: a constant learning rate.
-        aux_loss_weight: Weight of the family's own load-balancing loss in fit. The default is the
-            checkpoint's router_aux_loss_coef, or 0 for families that have none.
+        router_balance: What keeps routers from sending all rows to a few experts in fit.
+        trainable: Which parameters fit trains. The default is all.
+        lora: Trains low-rank adapters of attention and experts, and nothing else. The default is
+            none.
         batch_budget_tokens: Tokens that may be in flight at once when rows come from your own
             dataloader; PromptData brings its own budget.
     """
@@ -80,7 +91,9 @@ class MoELightningModule(L.LightningModule):
         check_weights: bool = False,
         optimizer: OptimizerCallable = torch.optim.AdamW,
         lr_scheduler: LRSchedulerCallable | None = None,
-        aux_loss_weight: float | None = None,
+        router_balance: RouterBalance | None = None,
+        trainable: Trainable | None = None,
+        lora: LoRA | None = None,
         batch_budget_tokens: int = 16384,
     ) -> None:
         super().__init__()
@@ -91,7 +104,9 @@ class MoELightningModule(L.LightningModule):
         self.check_weights = check_weights
         self.optimizer_factory = optimizer
         self.lr_scheduler_factory = lr_scheduler
-        self.aux_loss_weight = aux_loss_weight
+        self.router_balance = router_balance if router_balance is not None else RouterBalance()
+        self.trainable = trainable if trainable is not None else Trainable()
+        self.lora = lora
         self.batch_budget_tokens = batch_budget_tokens
         self.model: PreTrainedModel | None = None
         self.runner: ModelRunner | None = None
@@ -162,7 +177,9 @@ class MoELightningModule(L.LightningModule):
             log=self.routing_log,
             packs_while_loading=packs,
             is_training=is_training,
+            adaptation=self._adapt(is_training or trainer is None),
         )
+        self.__dict__.pop("fine_tuning", None)  # of a model that was hosted before
         if isinstance(strategy, MoEStrategy):
             self.hosted = strategy.host(self.view, options)
         else:
@@ -174,7 +191,14 @@ class MoELightningModule(L.LightningModule):
             self.hosted.padding,
             self.routing_log,
             self.hosted.interleaver,
+            lock_step=self.hosted.lock_step,
+            calls_whole_model=self.hosted.calls_whole_model,
+            is_alone=self.hosted.is_alone,
         )
+
+    def _adapt(self, may_train: bool) -> Adaptation:
+        self._adaptation = Adaptation(self.lora, self.trainable if may_train else None)
+        return self._adaptation
 
     # Predicting.
 
@@ -206,12 +230,12 @@ class MoELightningModule(L.LightningModule):
             CheckpointError: If every row of the first batch gives NaN, which is the weights' fault.
         """
         assert self.runner is not None, "configure_model has not run"
-        rows = as_row_batch(batch, self.encoder, index=batch_idx, first_id=self._next_row)
-        if rows is not batch:
-            self._next_row += len(rows.rows) + len(rows.errors)
+        rows = self._rows(batch, batch_idx)
         budget = self._budget_tokens()
+        # Of ranks that compute the same rows, one counts them.
+        progress = self.tally.add if self._counts_rows() else _count_nothing
         predictions = run_isolated(
-            self.task, self.runner, rows, budget_tokens=budget, progress=self.tally.add
+            self.task, self.runner, rows, budget_tokens=budget, progress=progress
         )
         if self.tally.num_batches == 0 and predictions.num_not_finite == len(rows.rows) > 0:
             raise CheckpointError(
@@ -219,8 +243,25 @@ class MoELightningModule(L.LightningModule):
                 "weights are bad, or too large for its precision. Find the tensor with "
                 "--model.check_weights true, or try --model.dtype float32."
             )
-        self.tally.end_batch(num_errors=predictions.num_errors)
+        self.tally.end_batch(num_errors=predictions.num_errors if self._counts_rows() else 0)
         return predictions
+
+    @override
+    def on_predict_epoch_end(self) -> None:
+        assert self.runner is not None, "configure_model has not run"
+        self.runner.idle()
+
+    def _rows(self, batch: Any, batch_idx: int) -> RowBatch:
+        index, first_row = batch_idx, self._next_row
+        if isinstance(batch, NumberedBatch):
+            batch, index, first_row = batch.batch, batch.index, batch.first_row
+        rows = as_row_batch(batch, self.encoder, index=index, first_id=first_row)
+        if rows is not batch:
+            self._next_row = first_row + len(rows.rows) + len(rows.errors)
+        return rows
+
+    def _counts_rows(self) -> bool:
+        return bool(getattr(self.trainer.strategy, "writes_rows", True))
 
     def _budget_tokens(self) -> int:
         datamodule = getattr(self._trainer, "datamodule", None)
@@ -242,9 +283,30 @@ class MoELightningModule(L.LightningModule):
         self.hosted.has_own_weights = True
         self.model.train()  # checkpoints load in eval mode, and Lightning leaves modes alone
 
+    @cached_property
+    def fine_tuning(self) -> FineTuning:
+        """The steps of a fit of the hosted model."""
+        assert self.hosted is not None, "configure_model has not run"
+        hosted = self.hosted
+        return FineTuning(
+            hosted.model,
+            self.router_balance,
+            ranks=self._ranks(),
+            rows=hosted.rows,
+            num_holders=hosted.num_holders(),
+            chosen=self._adaptation.chosen,
+        )
+
+    def _ranks(self) -> SharingRanks:
+        """The ranks that have different rows; those of Lightning's ddp have whole models."""
+        assert self.hosted is not None, "configure_model has not run"
+        if isinstance(self.trainer.strategy, DDPStrategy) and self.trainer.world_size > 1:
+            return SharingRanks(data=RankGroup(torch.distributed.group.WORLD))
+        return self.hosted.ranks
+
     @override
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        """Next-token loss plus the family's load-balancing loss.
+        """Next-token loss, plus what keeps the routers balanced.
 
         Args:
             batch: ``input_ids``, ``labels`` (-100: no loss), ``position_ids`` and optionally
@@ -252,17 +314,34 @@ class MoELightningModule(L.LightningModule):
             batch_idx: Number of the batch.
 
         Returns:
-            The loss.
+            The loss, of which the mean over the data ranks is that of all their rows.
         """
-        assert self.model is not None, "configure_model has not run"
-        loss, aux_loss = language_model_losses(
-            self.model, batch, with_aux_loss=self._aux_loss_weight() != 0
-        )
-        self.log("train_loss", loss, prog_bar=True)
-        if aux_loss is not None:
-            self.log("train_aux_loss", aux_loss)
-            return loss + self._aux_loss_weight() * aux_loss
-        return loss
+        losses = self.fine_tuning.losses(batch)
+        self.log("train_loss", losses.next_token, prog_bar=True)
+        if losses.aux is not None:
+            self.log("train_aux_loss", losses.aux)
+        if losses.z is not None:
+            self.log("train_z_loss", losses.z)
+        return losses.share
+
+    @override
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        imbalance = self.fine_tuning.finish_gradients()
+        if imbalance is not None:
+            self.log("train_imbalance", imbalance)
+
+    @override
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        if gradient_clip_val is None:
+            return
+        norm = self.fine_tuning.clip(gradient_clip_val, gradient_clip_algorithm or "norm")
+        if norm is not None:
+            self.log("grad_norm", norm)
 
     @override
     def validation_step(
@@ -277,24 +356,19 @@ class MoELightningModule(L.LightningModule):
         """
         # A batch without targets (padding of a rank with less data) weighs nothing, but every rank
         # takes part in the forward and in the sum.
-        num_targets = int((batch["labels"][:, 1:] != -100).sum())
         assert self.model is not None, "configure_model has not run"
-        loss, _ = language_model_losses(self.model, batch, with_aux_loss=False)
-        loss = loss if num_targets else torch.zeros_like(loss)
-        self.log("val_loss", loss, prog_bar=True, batch_size=num_targets, sync_dist=True)
-
-    def _aux_loss_weight(self) -> float:
-        if self.aux_loss_weight is not None:
-            return self.aux_loss_weight
-        return default_aux_loss_weight(self.view.config)
+        losses = language_model_losses(self.model, batch, ranks=self._ranks().data)
+        num_targets = int(losses.num_targets)
+        self.log("val_loss", losses.next_token, prog_bar=True, batch_size=num_targets)
 
     @override
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimizer and schedule over the parameters that train."""
         try:
-            optimizer = self.optimizer_factory([p for p in self.parameters() if p.requires_grad])
+            optimizer = self.optimizer_factory(self.fine_tuning.parameter_groups())
         except (ValueError, TypeError) as error:
             raise UsageError(f"--model.optimizer: {error}.") from error
+        self.fine_tuning.watch(optimizer)
         if self.lr_scheduler_factory is None:
             return optimizer
         try:
@@ -334,3 +408,7 @@ class MoELightningModule(L.LightningModule):
         assert self.hosted is not None, "it comes with the model"
         self.hosted.unpack()
         export_model(self.model, self.tokenizer, Path(directory))
+
+
+def _count_nothing(*_: int) -> None:
+    pass

@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import BasePredictionWriter
 from typing_extensions import override
 
 from moe_lightning.callbacks.merge import Parts, write_jsonl, write_parquet
+from moe_lightning.data.rank_batches import NumberedBatch
 from moe_lightning.data.records import RowBatch
 from moe_lightning.errors import UsageError
 from moe_lightning.files import atomic_writer, write_atomically
@@ -69,8 +70,11 @@ class PredictionWriter(BasePredictionWriter):
         assert isinstance(prediction, Predictions), (
             "PredictionWriter writes what MoELightningModule predicts"
         )
+        # Several ranks may have the same answers, and a rank may have none.
+        if len(prediction) == 0 or not getattr(trainer.strategy, "writes_rows", True):
+            return
         # Lightning's batch indices are unreliable (#10782, #13580); the batch knows its own number.
-        number = batch.index if isinstance(batch, RowBatch) else batch_idx
+        number = batch.index if isinstance(batch, RowBatch | NumberedBatch) else batch_idx
         with atomic_writer(self._directory / PARTS / f"{dataloader_idx}-{number:08d}.part") as file:
             rows = zip(prediction.row_numbers, prediction.has_failed, prediction, strict=True)
             for row, failed, answer in rows:

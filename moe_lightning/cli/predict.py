@@ -36,7 +36,7 @@ def run(arguments: Sequence[str]) -> int:
             "devices": 1,
             "callbacks": [RowProgressBar(), throughput, PlacementFile()],
         },
-        skip={"optimizer", "lr_scheduler", "aux_loss_weight", "batch_budget_tokens"},
+        skip={"optimizer", "lr_scheduler", "router_balance", "trainable", "batch_budget_tokens"},
         arguments=arguments,
     )
     cli.trainer.predict(

@@ -16,6 +16,12 @@ from torch import Tensor, nn
 from torch.nn.functional import grouped_mm
 
 from moe_lightning.errors import UsageError
+from moe_lightning.experts.adapters import (
+    experts_adapter,
+    has_adapters,
+    padded,
+    with_merged_weights,
+)
 from moe_lightning.experts.names import BACKEND_NAMES
 from moe_lightning.experts.packed import PackedExperts, activation, projections
 from moe_lightning.experts.packed_weights import (
@@ -47,6 +53,7 @@ def reference(experts: nn.Module, rows_RD: Tensor, index_RK: Tensor, weights_RK:
         Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor],
         type(experts).forward.__wrapped__,  # type: ignore[attr-defined]
     )
+    experts = with_merged_weights(experts)
     is_here = index_RK < cast(int, experts.num_experts)
     if bool(is_here.all()):
         return family_forward(experts, rows_RD, index_RK, weights_RK)
@@ -81,7 +88,13 @@ def _grouped_linear(experts: nn.Module, name: str, rows_NX: Tensor, rows: Sorted
     if not experts.is_transposed:
         weight = weight.transpose(-2, -1)
     # grouped_mm ignores autocast (pytorch #174763), so the rows take the weights' dtype here.
-    out_NY = _grouped_product(rows_NX.to(weight.dtype), weight, rows.ends_E)
+    rows_NX = rows_NX.to(weight.dtype)
+    out_NY = _grouped_product(rows_NX, weight, rows.ends_E)
+    adapter = experts_adapter(experts, name)
+    if adapter is not None:
+        a_EPX, b_EYP = padded(adapter, weight.dtype)
+        rows_NP = adapter.scale * _grouped_product(rows_NX, a_EPX.mT, rows.ends_E)
+        out_NY = out_NY + _grouped_product(rows_NP, b_EYP.mT, rows.ends_E)
     if experts.has_bias:
         bias_EY = cast(Tensor, getattr(experts, f"{name}_bias"))
         out_NY = out_NY + bias_EY[rows.expert_N.clamp(max=bias_EY.shape[0] - 1)]
@@ -89,7 +102,11 @@ def _grouped_linear(experts: nn.Module, name: str, rows_NX: Tensor, rows: Sorted
 
 
 def _grouped_product(rows_NX: Tensor, weight_EXY: Tensor, ends_E: Tensor) -> Tensor:
-    if _is_aligned(rows_NX) and _is_aligned(weight_EXY):
+    # In backward, the gradient of the output is an input.
+    has_gradient = torch.is_grad_enabled() and (rows_NX.requires_grad or weight_EXY.requires_grad)
+    out_bytes = weight_EXY.shape[-1] * weight_EXY.element_size()
+    is_out_aligned = not has_gradient or out_bytes % 16 == 0
+    if is_out_aligned and _is_aligned(rows_NX) and _is_aligned(weight_EXY):
         return grouped_mm(rows_NX, weight_EXY, offs=ends_E)
     # Widths that grouped_mm refuses: one product after the other, and one read of the host.
     ends = ends_E.tolist()
@@ -173,6 +190,8 @@ def why_not(name: str, experts: nn.Module) -> str | None:
     """Why a backend for inference cannot serve these experts; None if it can."""
     if experts.num_experts == 0:
         return "there are none here"
+    if has_adapters(experts):
+        return "they have LoRA adapters"
     if name == "triton":
         from moe_lightning.experts.fused import can_fuse
 

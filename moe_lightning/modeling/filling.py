@@ -9,7 +9,7 @@ thus at most PART_BYTES, or what becomes one tensor if that is more.
 
 Private names of transformers used here, as of 5.23: ``convert_and_load_state_dict_in_model``,
 ``build_glob_alternation``, ``LoadStateDictConfig``, ``_get_dtype_plan``,
-``_finalize_model_loading``, ``_is_hf_initialized``.
+``_finalize_model_loading``, ``_is_hf_initialized``, ``_dtensor_from_local_like``.
 """
 
 from collections import defaultdict
@@ -26,6 +26,8 @@ from transformers.core_model_loading import (
     build_glob_alternation,
     convert_and_load_state_dict_in_model,
 )
+from transformers.distributed.sharding_utils import _dtensor_from_local_like
+from transformers.distributed.utils import is_dtensor
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils.loading_report import LoadStateDictInfo
 
@@ -70,7 +72,12 @@ class ModelFiller:
             dtype_plan=self._dtype_plan,
             weight_mapping=get_model_conversion_mapping(model),
         )
-        self._missing = set(model.state_dict())
+        # What has its values already, such as adapters, is not of the checkpoint.
+        self._missing = {
+            name
+            for name, tensor in model.state_dict(keep_vars=True).items()
+            if not getattr(tensor, "_is_hf_initialized", False)
+        }
         self._unexpected = set[str]()
         self._info: LoadStateDictInfo | None = None
 
@@ -95,7 +102,7 @@ class ModelFiller:
             CheckpointError: If a tensor cannot be read, does not fit, or is missing from a layer's
                 experts.
         """
-        by_layer = _by_layer(sources, layers)
+        by_layer = _by_layer(self._without_empty(sources), layers)
         num_elements = sum(s.tensor.num_elements for stage in by_layer for s in stage.sources)
         itemsize = self._load_config.dtype.itemsize
         with (
@@ -121,6 +128,24 @@ class ModelFiller:
                         for parameter in layer.experts.parameters():
                             parameter._is_hf_initialized = True  # type: ignore[attr-defined]
                 give_back_freed_memory()
+
+    def _without_empty(self, sources: Iterable[Source]) -> list[Source]:
+        """Leave out what fills parameters of which this rank has no row; they become empty."""
+        empty = set()
+        for name, parameter in list(self._model.named_parameters()):
+            if is_dtensor(parameter) and parameter.to_local().numel() == 0:
+                local = torch.empty(
+                    parameter.to_local().shape, dtype=parameter.dtype, device=self._device
+                )
+                module, _, own_name = name.rpartition(".")
+                full = nn.Parameter(
+                    _dtensor_from_local_like(local, parameter), requires_grad=parameter.requires_grad
+                )
+                full._is_hf_initialized = True  # type: ignore[attr-defined]
+                setattr(self._model.get_submodule(module), own_name, full)
+                self._missing.discard(name)
+                empty.add(name)
+        return [source for source in sources if source.target.name not in empty]
 
     def finalize(self) -> None:
         """Tie weights, make buffers, and check that nothing is missing.

@@ -5,13 +5,14 @@
 transformers (5.23, ``core_model_loading._materialize_copy``) materialises what it is given with
 ``tensor[...].to(device=..., dtype=...)``, several tensors at once, in threads. Were ``[...]`` to
 read, each thread would hold a tensor on the host, and once more in the wanted dtype; so ``to``
-reads.
+reads. Of a tensor that ranks share, transformers (``sharding_utils.DtensorShardOperation``) asks for
+this rank's part by ``tensor[slices]``; parts are read at once.
 """
 
 from collections.abc import Iterator, Sequence
 from math import prod
 from types import EllipsisType
-from typing import Self
+from typing import overload
 
 import torch
 from torch import Tensor
@@ -41,9 +42,27 @@ class LazyTensor:
         """Numbers that will be read."""
         return prod(self.shape)
 
-    def __getitem__(self, index: EllipsisType) -> Self:
-        """Nothing is read before it is known where to."""
-        return self
+    def get_shape(self) -> list[int]:
+        """The tensor's sizes, as safetensors' slices give them."""
+        return self.shape
+
+    @overload
+    def __getitem__(self, index: EllipsisType) -> "LazyTensor": ...
+
+    @overload
+    def __getitem__(self, index: tuple[slice, ...]) -> Tensor: ...
+
+    def __getitem__(self, index: EllipsisType | tuple[slice, ...]) -> "LazyTensor | Tensor":
+        """All of it, read when it is known where to; or a part, one slice a dim, read now."""
+        if index is ...:
+            return self
+        first, *others = index
+        if self._rows is None:
+            return self._piece[index]
+        part = LazyTensor(self._piece, self._rows[first])
+        dtype = TORCH_DTYPES[self._piece.get_dtype()]
+        tensor = part.to(device="cpu", dtype=dtype)[:, *others]
+        return tensor.clone() if tensor.numel() < part.num_elements else tensor
 
     def to(self, *, device: torch.device | str | int, dtype: torch.dtype) -> Tensor:
         """Read the tensor. Beside it, the host never holds more than a block of it, or one row if

@@ -60,6 +60,7 @@ def load_model(
     dtype: torch.dtype,
     experts: Mapping[int, Sequence[int]] | None = None,
     on_layer: Callable[[MoELayer], None] | None = None,
+    on_meta: Callable[[PreTrainedModel], None] | None = None,
     show_progress: bool = True,
 ) -> PreTrainedModel:
     """Load a checkpoint, or the part of it that this process needs.
@@ -74,6 +75,9 @@ def load_model(
             before a later layer is read. It may take the experts' weights away to free their
             memory, as long as every parameter keeps its shape and a device other than meta; it must
             add no buffers. The rest of the model is not ready yet.
+        on_meta: Called with the model on meta, its experts cut down, before anything is read. It
+            may cut the model further: take modules out, and shard parameters. Only what is left is
+            read.
         show_progress: Whether to show a progress bar on stderr.
 
     Returns:
@@ -88,6 +92,11 @@ def load_model(
     layers = find_moe_layers(model)
     check_model(view, build_on_meta(view.config, dtype=dtype))
     sources = select_sources(model, view, experts or {})
+    if on_meta is not None:
+        on_meta(model)
+        names = set(model.state_dict())
+        sources = [source for source in sources if source.target.name in names]
+        layers = [layer for layer in layers if layer.is_part_of(model)]
     filler = ModelFiller(model, path=view.path, device=device, dtype=dtype)
     filler.fill(sources, layers=layers, on_layer=on_layer, show_progress=show_progress)
     filler.finalize()

@@ -8,9 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.nn.functional import linear
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moe_lightning.dispatch import Interleaver, RoutingLog
+from moe_lightning.modeling.lock_step import LockStep
 from moe_lightning.modeling.seam import PaddingMask
 
 
@@ -50,6 +53,13 @@ class ModelRunner:
         padding: The model's padding mask, from ``seam.attach``.
         log: Where its dispatchers record their work; probes are kept out of it.
         interleaver: Lets parts of a batch take turns; None computes batches whole.
+        lock_step: Keeps the forwards of several ranks in step; None if this rank needs no other.
+        calls_whole_model: Whether forwards must go through the model itself and never through its
+            parts, because FSDP gathers parameters from there.
+        is_alone: Whether no other rank takes part in this one's forwards.
+
+    Attributes:
+        is_alone: As above; a forward that fails may be tried again then.
     """
 
     def __init__(
@@ -59,20 +69,32 @@ class ModelRunner:
         padding: PaddingMask,
         log: RoutingLog,
         interleaver: Interleaver | None = None,
+        *,
+        lock_step: LockStep | None = None,
+        calls_whole_model: bool = False,
+        is_alone: bool = True,
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.padding = padding
         self._log = log
         self._interleaver = interleaver
+        self._lock_step = lock_step
+        self._calls_whole_model = calls_whole_model
+        self.is_alone = is_alone
         self._has_plain_head: bool | None = None
         self._takes_left_padding: bool | None = None
 
     @property
     def device(self) -> torch.device:
         """Where inputs go."""
-        weight: Tensor = self.model.get_input_embeddings().weight
+        weight: Tensor = self.model.get_output_embeddings().weight  # on every pipeline stage
         return weight.device
+
+    @property
+    def _vocab_size(self) -> int:
+        size: int = self.model.config.get_text_config(decoder=True).vocab_size
+        return size
 
     def pad(self, rows: Sequence[Sequence[int]], *, side: str) -> PaddedBatch:
         """Pad rows to the longest one.
@@ -102,13 +124,55 @@ class ModelRunner:
 
     def last_hidden_state(self, batch: PaddedBatch) -> Tensor:
         """The output of the last layer after the final norm, ``[B, S, D]``."""
-        return self._in_turns(
-            batch, lambda part: self._forward(self.model.base_model, part).last_hidden_state
-        )
+        return self._in_turns(batch, self._last_hidden_state)
 
     def logits(self, batch: PaddedBatch) -> Tensor:
         """Logits of every position, ``[B, S, V]``."""
         return self._in_turns(batch, lambda part: self._forward(self.model, part).logits)
+
+    def head(self, hidden_ND: Tensor) -> Tensor:
+        """Logits of last hidden states, ``[N, V]``, right after :meth:`last_hidden_state`; only
+        where :meth:`has_plain_head`."""
+        head: Any = self.model.get_output_embeddings()
+        if self._calls_whole_model and not isinstance(head.weight, DTensor):
+            # FSDP has left the weight gathered; its hooks expect no call from outside the model.
+            return linear(hidden_ND, head.weight, head.bias)
+        logits_NV: Tensor = head(hidden_ND)
+        return logits_NV
+
+    def forward(self, **inputs: Any) -> Any:
+        """The model's own forward, in step with other ranks if there are any."""
+        return self._step(self.model, inputs)
+
+    def idle(self) -> None:
+        """Once this rank has no more rows: keep other ranks company until they have none."""
+        if self._lock_step is not None:
+            with self._log.paused():
+                self._lock_step.idle_until_all_are_done(self._idle_forward)
+
+    def _step(self, model: Any, inputs: dict[str, Any]) -> Any:
+        if self._lock_step is not None:
+            self._lock_step.begin_forward()
+        return model(**inputs)
+
+    def _idle_forward(self) -> None:
+        token = torch.zeros(1, 1, dtype=torch.int64)
+        with self.padding.over(token):  # so it goes to no expert
+            self.model(input_ids=token.to(self.device), use_cache=False, logits_to_keep=1)
+
+    def _last_hidden_state(self, batch: PaddedBatch) -> Tensor:
+        if not self._calls_whole_model:
+            hidden_BSD: Tensor = self._forward(self.model.base_model, batch).last_hidden_state
+            return hidden_BSD
+        seen: list[Tensor] = []
+        hook = self.model.base_model.register_forward_hook(
+            lambda module, args, output: seen.append(output.last_hidden_state)
+        )
+        try:
+            self._forward(self.model, batch, logits_to_keep=1)
+        finally:
+            hook.remove()
+        return seen[0]
 
     def _in_turns(self, batch: PaddedBatch, compute: Callable[[PaddedBatch], Tensor]) -> Tensor:
         num_rows, width = batch.input_ids_BS.shape
@@ -120,14 +184,16 @@ class ModelRunner:
         parts = [batch.rows(start, end) for start, end in pairwise(ends)]
         return torch.cat(turns.run([partial(compute, part) for part in parts]))
 
-    def _forward(self, model: Any, batch: PaddedBatch) -> Any:
+    def _forward(self, model: Any, batch: PaddedBatch, **options: Any) -> Any:
+        inputs = {
+            "input_ids": batch.input_ids_BS,
+            "attention_mask": batch.mask_BS,
+            "position_ids": batch.position_ids_BS,
+            "use_cache": False,
+            **options,
+        }
         with self.padding.over(batch.host_mask_BS):
-            return model(
-                input_ids=batch.input_ids_BS,
-                attention_mask=batch.mask_BS,
-                position_ids=batch.position_ids_BS,
-                use_cache=False,
-            )
+            return self._step(model, inputs)
 
     def has_plain_head(self) -> bool:
         """Whether logits are just the output embedding of the last hidden state, found by trying it
@@ -137,10 +203,9 @@ class ModelRunner:
         for all positions at once, nor for padding.
         """
         if self._has_plain_head is None:
-            vocabulary = self.model.get_input_embeddings().num_embeddings
-            probe = self.pad([[token % vocabulary for token in range(1, 9)]], side="right")
+            probe = self.pad([[token % self._vocab_size for token in range(1, 9)]], side="right")
             with self._log.paused():
-                plain = self.model.get_output_embeddings()(self.last_hidden_state(probe))
+                plain = self.head(self.last_hidden_state(probe))
                 self._has_plain_head = torch.equal(plain, self.logits(probe))
         return self._has_plain_head
 
@@ -150,8 +215,7 @@ class ModelRunner:
         Attention does. Some recurrent layers let padding into their state.
         """
         if self._takes_left_padding is None:
-            vocabulary = self.model.get_input_embeddings().num_embeddings
-            long, short = ([token % vocabulary for token in range(1, n)] for n in (12, 5))
+            long, short = ([token % self._vocab_size for token in range(1, n)] for n in (12, 5))
             with self._log.paused():
                 padded, alone = self._two_steps([long, short]), self._two_steps([short])
             tolerance = 1e-4 if alone.dtype == torch.float32 else 2e-2
@@ -163,11 +227,11 @@ class ModelRunner:
         """Logits ``[B, 2, V]`` of a prefill's last position and of the decode step after it."""
         batch = self.pad(rows, side="left")
         steps = {"attention_mask": batch.mask_BS, "position_ids": batch.position_ids_BS}
-        first = self.model(input_ids=batch.input_ids_BS, use_cache=True, **steps)
+        first = self.forward(input_ids=batch.input_ids_BS, use_cache=True, **steps)
         if batch.mask_BS is not None:
             steps["attention_mask"] = torch.nn.functional.pad(batch.mask_BS, (0, 1), value=1)
         steps["position_ids"] = batch.position_ids_BS[:, -1:] + 1
-        second = self.model(
+        second = self.forward(
             input_ids=batch.input_ids_BS[:, -1:],
             past_key_values=first.past_key_values,
             use_cache=True,

@@ -16,7 +16,7 @@ module that follows the contract) and ``_can_record_outputs`` (which says what c
 
 import re
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple, cast
@@ -55,6 +55,10 @@ class MoELayer:
     def num_experts(self) -> int:
         """Logical experts that the module holds."""
         return cast(int, self.experts.num_experts)
+
+    def is_part_of(self, model: nn.Module) -> bool:
+        """Whether the layer is still in a model that was cut into parts."""
+        return any(module is self.experts for module in model.modules())
 
 
 def find_moe_layers(model: PreTrainedModel) -> list[MoELayer]:
@@ -154,19 +158,24 @@ class _Attachment(NamedTuple):
 
 
 def attach(
-    model: PreTrainedModel, make_dispatcher: Callable[[MoELayer], Dispatcher]
+    model: PreTrainedModel,
+    make_dispatcher: Callable[[MoELayer], Dispatcher],
+    *,
+    layers: Sequence[MoELayer] | None = None,
 ) -> PaddingMask:
     """Route the calls of every experts module of the model to a dispatcher of its own.
 
     Args:
         model: The model; changed in place.
         make_dispatcher: Called once per MoE layer.
+        layers: The model's MoE layers, where it is a part of a model that may have none; None finds
+            them.
 
     Returns:
         The model's padding mask, to be set around forwards of padded batches.
     """
     padding = PaddingMask()
-    for layer in find_moe_layers(model):
+    for layer in find_moe_layers(model) if layers is None else layers:
         dispatcher = make_dispatcher(layer)
         shared = find_shared_experts(layer.block) if dispatcher.sends_rows_away else None
         attachment = _Attachment(

@@ -1,19 +1,38 @@
 """HostedModel: a loaded model whose experts have been given to dispatchers, wherever they are."""
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from transformers import PreTrainedModel
 
+from moe_lightning.collectives import SharingRanks
 from moe_lightning.dispatch import Interleaver, LocalDispatcher, RoutingLog
 from moe_lightning.errors import UsageError
 from moe_lightning.experts import BackendName, ExpertShard
 from moe_lightning.modeling.checkpoint import CheckpointView
+from moe_lightning.modeling.expert_rows import ExpertRows, expert_rows
 from moe_lightning.modeling.loading import load_model
+from moe_lightning.modeling.lock_step import LockStep
 from moe_lightning.modeling.packing import pack_dense, unpack_dense
-from moe_lightning.modeling.seam import MoELayer, PaddingMask, attach
+from moe_lightning.modeling.seam import MoELayer, PaddingMask, attach, find_moe_layers
 from moe_lightning.placement import ExpertPlacement
+
+
+class ModelAdaptation(Protocol):
+    """What a run changes of the checkpoint's model; see ``finetune/adaptation``."""
+
+    def add(self, model: PreTrainedModel, num_experts: Mapping[int, int]) -> None:
+        """Before the model on meta is sharded."""
+
+    def fill(
+        self, model: PreTrainedModel, rows: Mapping[str, ExpertRows], *, device: torch.device
+    ) -> None:
+        """After it is sharded, before anything is read."""
+
+    def finish(self, model: PreTrainedModel) -> None:
+        """Once all is read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +46,7 @@ class HostingOptions:
         packs_while_loading: Whether each layer is packed for inference as soon as it is read, so
             that no more than one layer is ever there unpacked.
         is_training: Whether the model is going to be trained.
+        adaptation: What is changed of the model; None leaves it as it is.
     """
 
     dtype: torch.dtype
@@ -34,6 +54,7 @@ class HostingOptions:
     log: RoutingLog
     packs_while_loading: bool = False
     is_training: bool = False
+    adaptation: ModelAdaptation | None = None
 
     def make_shard(self, layer: MoELayer, expert_ids: Sequence[int]) -> ExpertShard:
         """The shard of a layer whose experts have been filled, packed if that is to be now.
@@ -67,6 +88,14 @@ class HostedModel:
         interleaver: Lets parts of a batch take turns; None computes batches whole.
         placement: Where the experts are; None for one device.
         hosted_by: What tells the strategy and options that hosted it from others.
+
+    Attributes:
+        lock_step: Keeps the forwards of several ranks in step; None if this rank needs no other.
+        calls_whole_model: Whether forwards must go through the model itself.
+        is_alone: Whether no other rank takes part in this one's forwards.
+        ranks: The ranks that share the model.
+        rows: Which experts the rows of this rank's parameters are, by name in the model.
+        num_experts: Logical experts of every MoE layer, those on other ranks included.
     """
 
     def __init__(
@@ -87,8 +116,23 @@ class HostedModel:
         self.interleaver = interleaver
         self.placement = placement
         self.hosted_by = hosted_by
+        self.lock_step: LockStep | None = None
+        self.calls_whole_model = False
+        self.is_alone = True
+        self.ranks = SharingRanks()
+        self.rows: Mapping[str, ExpertRows] = {}
+        self.num_experts: Mapping[int, int] = {}
         self.has_own_weights = False  # trained, or loaded into it: not those of the checkpoint
         self._is_packed = False
+
+    def num_holders(self) -> dict[int, tuple[int, ...]]:
+        """On how many slots each logical expert of each MoE layer is."""
+        if self.placement is None:
+            return {layer: (1,) * number for layer, number in self.num_experts.items()}
+        return {
+            layer: tuple(len(slots) for slots in experts)
+            for layer, experts in self.placement.slots.items()
+        }
 
     def pack(self) -> None:
         """Bring all weights into the layouts that inference wants; once."""
@@ -144,6 +188,24 @@ def host_on_one_device(
     def on_layer(layer: MoELayer) -> None:
         shards[layer.layer] = options.make_shard(layer, range(layer.num_experts))
 
-    model = load_model(view, device=device, dtype=options.dtype, on_layer=on_layer)
+    num_experts: dict[int, int] = {}
+    rows: dict[str, ExpertRows] = {}
+
+    def on_meta(model: PreTrainedModel) -> None:
+        layers = find_moe_layers(model)
+        num_experts.update({layer.layer: layer.num_experts for layer in layers})
+        if options.adaptation is not None:
+            options.adaptation.add(model, num_experts)
+        rows.update(expert_rows(layers, num_experts))
+        if options.adaptation is not None:
+            options.adaptation.fill(model, rows, device=device)
+
+    model = load_model(
+        view, device=device, dtype=options.dtype, on_layer=on_layer, on_meta=on_meta
+    )
+    if options.adaptation is not None:
+        options.adaptation.finish(model)
     padding = attach(model, lambda layer: LocalDispatcher(shards[layer.layer], log=options.log))
-    return HostedModel(model, padding, list(shards.values()), is_whole=True)
+    hosted = HostedModel(model, padding, list(shards.values()), is_whole=True)
+    hosted.rows, hosted.num_experts = rows, num_experts
+    return hosted

@@ -5,10 +5,12 @@ from lightning.pytorch.strategies import StrategyRegistry
 from moe_lightning.strategies.moe_strategy import MoEStrategy
 from moe_lightning.strategies.placement_strategy import PlacementStrategy
 from moe_lightning.strategies.rpc_strategy import RPCStrategy
+from moe_lightning.strategies.sharded_strategy import ShardedStrategy
 
 STRATEGIES: dict[str, type[MoEStrategy]] = {
     PlacementStrategy.strategy_name: PlacementStrategy,
     RPCStrategy.strategy_name: RPCStrategy,
+    ShardedStrategy.strategy_name: ShardedStrategy,
 }
 
 

@@ -187,7 +187,7 @@ class _DecodeLoop:
         else:
             self.cache = None
         with self.runner.padding.over(batch.host_mask_BS):
-            output = self.runner.model(
+            output = self.runner.forward(
                 input_ids=batch.input_ids_BS,
                 attention_mask=batch.mask_BS,
                 position_ids=batch.position_ids_BS,
@@ -213,7 +213,7 @@ class _DecodeLoop:
         window = self._window(longest)
         age_S = torch.arange(window, -1, -1, device=device)
         mask_NS = (age_S <= lengths_N[:, None]).to(torch.int64) if min(lengths) < window else None
-        logits_N1V = self.runner.model(
+        logits_N1V = self.runner.forward(
             input_ids=newest_N1,
             attention_mask=mask_NS,
             position_ids=lengths_N[:, None],

@@ -71,6 +71,7 @@ def run_isolated(
 
     Raises:
         torch.OutOfMemoryError: If memory runs out: the budget's fault, not a row's.
+        Exception: Whatever the model raises, if other ranks take part in its forwards.
     """
 
     def run(rows: Sequence[Row]) -> list[dict[str, Any] | RowError]:
@@ -87,6 +88,8 @@ def run_isolated(
         except (torch.OutOfMemoryError, MemoryError, MoELightningError):
             raise
         except Exception as error:
+            if not runner.is_alone:
+                raise  # other ranks are in the middle of the same forward
             progress(*(-n for n in counted))
             if len(rows) > 1:
                 half = len(rows) // 2

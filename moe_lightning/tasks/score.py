@@ -50,9 +50,8 @@ def _token_logprobs(runner: ModelRunner, batch: PaddedBatch, lengths: Sequence[i
     target_N = batch.input_ids_BS.reshape(-1)[source_N + 1]
     if runner.has_plain_head():
         hidden_ND = runner.last_hidden_state(batch).flatten(0, 1)[source_N]
-        head = runner.model.get_output_embeddings()
         chunks = _chunks(hidden_ND, target_N)
-        return torch.cat([_logprob(head(hidden), target) for hidden, target in chunks])
+        return torch.cat([_logprob(runner.head(hidden), target) for hidden, target in chunks])
     logits_NV = runner.logits(batch).flatten(0, 1)
     return torch.cat([_logprob(logits_NV[s], target) for s, target in _chunks(source_N, target_N)])
 

@@ -1,0 +1,199 @@
+"""A model on meta, cut into the share of one rank: tensor and pipeline parallelism, then FSDP2.
+
+    model on meta, experts cut ──▶ tp ──▶ pp ──▶ fully_shard ──▶ filled: each rank reads its share
+
+The plans are the family's own; transformers applies them. Private names of transformers used here,
+as of 5.23: ``_resolve_parallel_plans``, ``apply_tensor_parallelism``,
+``apply_fully_sharded_data_parallelism`` and ``TransformersDeviceMesh``.
+"""
+
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+from transformers.distributed import DistributedConfig
+from transformers.distributed.fsdp import apply_fully_sharded_data_parallelism
+from transformers.distributed.tensor_parallel import apply_tensor_parallelism
+from transformers.distributed.utils import TransformersDeviceMesh
+
+from moe_lightning.collectives import RankGroup, SharingRanks
+from moe_lightning.errors import CheckpointError
+from moe_lightning.modeling.pipeline import split_into_stages
+from moe_lightning.modeling.seam import MoELayer, find_moe_layers
+
+DENSE_AXES = ("pp", "dp_replicate", "fsdp", "tp")
+EXPERT_AXES = ("pp", "dp_replicate", "efsdp", "ep")
+
+
+class RankMeshes:
+    """The ranks of a run as two meshes; all ranks must make this together.
+
+    Args:
+        device_type: ``cpu`` or ``cuda``.
+        pp: Pipeline stages.
+        dp_replicate: Copies of what the other axes share.
+        fsdp: Ranks that share dense parameters.
+        tp: Ranks that compute a dense layer together.
+        ep: Ranks that share the experts of a layer; divides fsdp * tp.
+        timeout_s: Seconds that a rank may keep the others waiting.
+    """
+
+    def __init__(
+        self,
+        device_type: str,
+        *,
+        pp: int,
+        dp_replicate: int,
+        fsdp: int,
+        tp: int,
+        ep: int,
+        timeout_s: float,
+    ) -> None:
+        self.config = DistributedConfig(
+            pp_size=pp, dp_replicate_size=dp_replicate, fsdp_size=fsdp, tp_size=tp, ep_size=ep
+        )
+        efsdp = fsdp * tp // ep
+        self._dense = init_device_mesh(
+            device_type, (pp, dp_replicate, fsdp, tp), mesh_dim_names=DENSE_AXES
+        )
+        self._experts = init_device_mesh(
+            device_type, (pp, dp_replicate, efsdp, ep), mesh_dim_names=EXPERT_AXES
+        )
+        for mesh in (self._dense, self._experts):
+            for group in mesh.get_all_groups():
+                # torch gives groups of a mesh its own 30 minutes, whatever the world has.
+                dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_s), group)
+        self.manager = TransformersDeviceMesh(self._dense, self._experts)
+
+    def axis(self, name: str) -> DeviceMesh:
+        """The ranks along one axis that this rank is among."""
+        return self.manager.get_mesh(name)
+
+    def group(self, name: str) -> ProcessGroup:
+        """The process group of one axis."""
+        return self.axis(name).get_group()
+
+    def rank(self, name: str) -> int:
+        """This rank's place along an axis."""
+        return self.axis(name).get_local_rank()
+
+    @property
+    def expert_mesh(self) -> DeviceMesh:
+        """The ranks that share the parameters of this rank's experts."""
+        is_hsdp = self.config.dp_replicate_size > 1
+        return self.manager.get_mesh(("dp_replicate", "efsdp") if is_hsdp else "efsdp")
+
+
+    def sharing_ranks(self) -> SharingRanks:
+        """The ranks as training sees them; all ranks call this together, once."""
+        config = self.config
+        return SharingRanks(
+            world=RankGroup(dist.group.WORLD),
+            data=RankGroup(self._flat(self._dense["dp_replicate", "fsdp"])),
+            experts=RankGroup(self._flat(self._experts["efsdp", "ep"])),
+            num_with_same_rows=config.tp_size,
+            exchanges_rows=config.ep_size > 1,
+        )
+
+    def _flat(self, mesh: DeviceMesh) -> ProcessGroup:
+        """One group of all ranks of a mesh of two axes."""
+        if mesh.size() == dist.get_world_size():
+            assert dist.group.WORLD is not None, "there is a mesh"
+            return dist.group.WORLD
+        return mesh._flatten().get_group()
+
+
+@dataclass(frozen=True, slots=True)
+class ShardingOptions:
+    """How parameters are shared out.
+
+    Attributes:
+        shards_dense: Whether dense layers are shared too; otherwise each rank holds all of them.
+        cpu_offload: Whether parameters wait in the host's memory.
+        mixed_precision: Whether layers compute in bfloat16 on float32 parameters.
+    """
+
+    shards_dense: bool = True
+    cpu_offload: bool = False
+    mixed_precision: bool = False
+
+
+def shard_model(model: PreTrainedModel, meshes: RankMeshes, options: ShardingOptions) -> bool:
+    """Cut a model on meta down to this rank's share.
+
+    Args:
+        model: The model, its MoE layers cut down to the experts of this rank's place along ``ep``;
+            changed in place.
+        meshes: The ranks.
+        options: How.
+
+    Returns:
+        Whether forwards must go through the model itself (FSDP gathers from there) and never
+        through its parts.
+
+    Raises:
+        CheckpointError: If the family has no plan for what is asked.
+    """
+    config = meshes.config
+    config.fsdp_cpu_offload = options.cpu_offload
+    config.fsdp_mixed_precision = options.mixed_precision
+    layers = find_moe_layers(model)
+    tp_plan, fsdp_plan = _plans(model, config, layers, shards_dense=options.shards_dense)
+    # What transformers' own functions look for.
+    model.config.distributed_config = config
+    model._tp_size, model._fsdp_size = config.tp_size, config.fsdp_size
+    if config.tp_size > 1:
+        apply_tensor_parallelism(model, meshes.manager.get_mesh("tp"), tp_plan)
+    if config.pp_size > 1:
+        split_into_stages(model, meshes.group("pp"))
+    if config.dp_size == 1:
+        return False
+    if options.shards_dense:
+        ep_plan = {layer.name: "ep_dispatch_experts" for layer in layers if config.ep_size > 1}
+        apply_fully_sharded_data_parallelism(model, meshes.manager, fsdp_plan, ep_plan)
+        return True
+    if config.efsdp_size > 1:
+        for layer in layers:
+            fully_shard(layer.experts, mesh=meshes.expert_mesh)
+    return False
+
+
+def _plans(
+    model: PreTrainedModel,
+    config: DistributedConfig,
+    layers: list[MoELayer],
+    *,
+    shards_dense: bool,
+) -> tuple[dict[str, str], dict[str, str]]:
+    """The family's plans for tensor parallelism and FSDP, with concrete names."""
+    # Expert parallelism is this package's own, so the family needs no plan for it.
+    plain = DistributedConfig(
+        pp_size=config.pp_size,
+        dp_replicate_size=config.dp_replicate_size if shards_dense else 1,
+        fsdp_size=config.fsdp_size if shards_dense else 1,
+        tp_size=config.tp_size,
+    )
+    try:
+        tp_plan, _, fsdp_plan = model._resolve_parallel_plans(plain)
+    except ValueError as error:
+        raise CheckpointError(f"{type(model).__name__} cannot be shared out so: {error}") from error
+    experts = tuple(layer.name for layer in layers)
+    if config.ep_size > 1:
+        tp_plan = {name: style for name, style in tp_plan.items() if not name.startswith(experts)}
+    elif config.tp_size > 1 and not any(name.startswith(experts) for name in tp_plan):
+        raise CheckpointError(
+            f"{type(model).__name__} has no tensor-parallel plan for its experts in transformers, "
+            "so every rank would hold all of them. Use the strategy moe_ep or moe_fsdp."
+        )
+    return tp_plan, fsdp_plan
+
+
+def is_sharded(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is a rank's part of a larger one."""
+    return isinstance(tensor, DTensor)
