@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from moe_lightning.placement import ExpertPlacement as ExpertPlacement
     from moe_lightning.strategies import PlacementStrategy as PlacementStrategy
     from moe_lightning.strategies import RPCStrategy as RPCStrategy
+    from moe_lightning.strategies import ShardedStrategy as ShardedStrategy
     from moe_lightning.tasks import Embed as Embed
     from moe_lightning.tasks import Generate as Generate
     from moe_lightning.tasks import Score as Score
@@ -39,6 +40,7 @@ _HOMES = {
     "ExpertPlacement": "moe_lightning.placement",
     "PlacementStrategy": "moe_lightning.strategies",
     "RPCStrategy": "moe_lightning.strategies",
+    "ShardedStrategy": "moe_lightning.strategies",
 }
 __all__ = ["__version__", *_HOMES]
 

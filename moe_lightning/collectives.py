@@ -52,12 +52,10 @@ class SharingRanks:
         world: All ranks.
         data: Ranks that have rows of their own; gradients are averaged over them.
         experts: Ranks that together hold one copy of every expert, and its replicas.
-        num_with_same_rows: Ranks that compute the same rows (tensor parallelism).
-        exchanges_rows: Whether rows travel to experts on other ranks.
+        ep_size: Places along ``ep``, each with experts of its own.
     """
 
     world: RankGroup = field(default_factory=RankGroup)
     data: RankGroup = field(default_factory=RankGroup)
     experts: RankGroup = field(default_factory=RankGroup)
-    num_with_same_rows: int = 1
-    exchanges_rows: bool = False
+    ep_size: int = 1

@@ -111,6 +111,7 @@ class MoELightningModule(L.LightningModule):
         self.model: PreTrainedModel | None = None
         self.runner: ModelRunner | None = None
         self.hosted: HostedModel | None = None
+        self._adaptation: Adaptation | None = None
         self.routing_log = RoutingLog()
         self.tally = Tally()
         self._next_row = 0
@@ -162,9 +163,14 @@ class MoELightningModule(L.LightningModule):
         device = strategy.root_device if strategy is not None else self.device
         is_training = trainer is not None and bool(trainer.training)
         if trainer is not None:
-            packs = bool(trainer.predicting)
+            # DDP sends weights around before the run, as they are; they are packed after that.
+            packs = bool(trainer.predicting) and not isinstance(strategy, DDPStrategy)
         else:  # what follows is not known, so weights stay trainable unless told otherwise
             packs = self.experts_backend.startswith("cpu_")
+        may_train = is_training or trainer is None
+        self._adaptation = None
+        if self.lora is not None or may_train:
+            self._adaptation = Adaptation(self.lora, self.trainable if may_train else None)
         options = HostingOptions(
             dtype=choose_dtype(
                 self.dtype_name,
@@ -177,7 +183,7 @@ class MoELightningModule(L.LightningModule):
             log=self.routing_log,
             packs_while_loading=packs,
             is_training=is_training,
-            adaptation=self._adapt(is_training or trainer is None),
+            adaptation=self._adaptation,
         )
         self.__dict__.pop("fine_tuning", None)  # of a model that was hosted before
         if isinstance(strategy, MoEStrategy):
@@ -195,10 +201,6 @@ class MoELightningModule(L.LightningModule):
             calls_whole_model=self.hosted.calls_whole_model,
             is_alone=self.hosted.is_alone,
         )
-
-    def _adapt(self, may_train: bool) -> Adaptation:
-        self._adaptation = Adaptation(self.lora, self.trainable if may_train else None)
-        return self._adaptation
 
     # Predicting.
 
@@ -294,13 +296,14 @@ class MoELightningModule(L.LightningModule):
             ranks=self._ranks(),
             rows=hosted.rows,
             num_holders=hosted.num_holders(),
-            chosen=self._adaptation.chosen,
+            chosen=None if self._adaptation is None else self._adaptation.chosen,
         )
 
     def _ranks(self) -> SharingRanks:
         """The ranks that have different rows; those of Lightning's ddp have whole models."""
         assert self.hosted is not None, "configure_model has not run"
-        if isinstance(self.trainer.strategy, DDPStrategy) and self.trainer.world_size > 1:
+        trainer = self._trainer
+        if trainer is not None and trainer.world_size > 1 and isinstance(trainer.strategy, DDPStrategy):
             return SharingRanks(data=RankGroup(torch.distributed.group.WORLD))
         return self.hosted.ranks
 

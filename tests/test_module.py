@@ -7,6 +7,7 @@ from torch.utils.data import DataLoader
 
 from moe_lightning import MoELightningModule
 from moe_lightning.errors import UsageError
+from moe_lightning.finetune.fine_tuning import RouterBalance
 from moe_lightning.modeling.seam import dispatcher_of, find_moe_layers
 from moe_lightning.tasks import Embed, Generate, Score
 
@@ -174,7 +175,7 @@ def test_generated_tokens_are_routed_once_each(family_checkpoint, tmp_path):
 
 def test_a_training_step_equals_transformers_loss(family_checkpoint, plain_transformers):
     path = family_checkpoint("qwen3_moe")
-    module = MoELightningModule(str(path), aux_loss_weight=0.25)
+    module = MoELightningModule(str(path), router_balance=RouterBalance(aux_loss_weight=0.25))
     module.configure_model()
     module.log = lambda *_, **__: None
     generator = torch.Generator().manual_seed(0)

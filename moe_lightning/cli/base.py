@@ -15,7 +15,8 @@ from typing_extensions import override
 
 from moe_lightning.cli.configs import resolve_configs
 from moe_lightning.cli.plain_words import plain_words
-from moe_lightning.cli.strategy_names import spell_out_strategies
+from moe_lightning.cli.ranks import settle_ranks
+from moe_lightning.cli.strategy_names import offer_all_devices, spell_out_strategies
 from moe_lightning.errors import MoELightningError, UsageError
 from moe_lightning.files import write_atomically
 from moe_lightning.modeling.training_checkpoint import check_training_checkpoint
@@ -86,7 +87,7 @@ class MoECLI(LightningCLI):
                 "prog": f"python -m moe_lightning {verb}",
                 "exit_on_error": False,
             },
-            args=spell_out_strategies(resolve_configs(arguments)),
+            args=offer_all_devices(spell_out_strategies(resolve_configs(arguments))),
         )
 
     @override
@@ -134,6 +135,7 @@ class MoECLI(LightningCLI):
 
     @override
     def before_instantiate_classes(self) -> None:
+        settle_ranks(self.config.trainer)
         directory = Path(self.config.output_dir)
         try:
             directory.mkdir(parents=True, exist_ok=True)

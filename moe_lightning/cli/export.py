@@ -7,7 +7,13 @@ import torch
 from jsonargparse import ArgumentParser
 
 from moe_lightning.errors import CheckpointError, UsageError
-from moe_lightning.modeling.training_checkpoint import check_training_checkpoint
+from moe_lightning.finetune.adapter_files import save_adapter
+from moe_lightning.modeling.sharded_export import export_sharded, read_adapters
+from moe_lightning.modeling.training_checkpoint import (
+    check_training_checkpoint,
+    find_sharded,
+    read_meta,
+)
 from moe_lightning.module import MoELightningModule
 
 
@@ -28,7 +34,7 @@ def run(arguments: Sequence[str]) -> int:
         "--model.checkpoint", type=str, help="The checkpoint that fit started from.", required=True
     )
     parser.add_argument(
-        "--ckpt_path", type=str, help="The training checkpoint, a .ckpt file of fit.", required=True
+        "--ckpt_path", type=str, help="The training checkpoint of fit: a .ckpt file or directory.", required=True
     )
     parser.add_argument(
         "--export_dir", type=str, help="The directory to write; made if missing.", required=True
@@ -62,10 +68,14 @@ def export_checkpoint(
         UsageError: If a path cannot be used.
         CheckpointError: If the two checkpoints do not belong together.
     """
-    if not Path(ckpt_path).is_file():
-        raise UsageError(f"--ckpt_path {ckpt_path}: no such file.")
+    directory = find_sharded(Path(ckpt_path))
+    if directory is None and not Path(ckpt_path).is_file():
+        raise UsageError(f"--ckpt_path {ckpt_path}: no such file or directory.")
     check_training_checkpoint(ckpt_path)
     module = MoELightningModule(checkpoint, dtype="float32")
+    if directory is not None:
+        _export_directory(module, directory, Path(export_dir), dtype=dtype)
+        return
     module.configure_model()
     assert module.model is not None
     state = torch.load(ckpt_path, map_location="cpu", weights_only=True)["state_dict"]
@@ -73,6 +83,37 @@ def export_checkpoint(
         module.load_state_dict(state)
     except RuntimeError as error:
         raise CheckpointError(f"{ckpt_path} was not trained from {checkpoint}: {error}") from error
-    target = dtype or module.view.config.get_text_config().dtype
-    module.model.to(dtype=getattr(torch, target) if isinstance(target, str) else target)
+    module.model.to(dtype=_dtype(module, dtype))
     module.export(export_dir)
+
+
+def _export_directory(
+    module: MoELightningModule, directory: Path, export_dir: Path, *, dtype: str | None
+) -> None:
+    meta = read_meta(directory)
+    if not meta["left_out"]:
+        export_sharded(
+            directory, module.view, module.tokenizer, export_dir, dtype=_dtype(module, dtype)
+        )
+        return
+    lora = meta["rest"].get("lora")
+    if lora is None:
+        raise CheckpointError(
+            f"{directory} holds a part of the parameters that are no adapters, and cannot be "
+            "exported. Train without freezing, or with --model.lora."
+        )
+    save_adapter(
+        export_dir,
+        read_adapters(directory),
+        rank=lora["rank"],
+        alpha=lora["alpha"],
+        base=module.checkpoint,
+    )
+
+
+def _dtype(module: MoELightningModule, asked: str | None) -> torch.dtype:
+    """The precision on disk."""
+    target = asked or module.view.config.get_text_config().dtype or "float32"
+    found = getattr(torch, target) if isinstance(target, str) else target
+    assert isinstance(found, torch.dtype), "the options and configs name dtypes"
+    return found

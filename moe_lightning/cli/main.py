@@ -22,6 +22,7 @@ VERBS = {
     "fit": "Fine-tune a checkpoint.",
     "validate": "Held-out loss of a checkpoint.",
     "export": "Write a training checkpoint as a Hugging Face directory.",
+    "plan": "What each strategy would need for a checkpoint on some devices.",
     "worker": "Serve experts to a master that predicts with --trainer.strategy moe_rpc.",
 }
 USAGE = f"""usage: python -m moe_lightning VERB [--config NAME.yaml] [--dotted.option value]

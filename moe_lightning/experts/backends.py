@@ -76,10 +76,7 @@ def grouped(experts: nn.Module, rows_RD: Tensor, index_RK: Tensor, weights_RK: T
     rows_ND = _grouped_linear(experts, down, rows_NF, rows)
     if experts.has_post_expert_norm:
         rows_ND = cast(nn.Module, experts.post_expert_norm)(rows_ND)
-    if rows_ND.device.type != "cpu":
-        # grouped_mm leaves the rows of experts elsewhere uninitialised.
-        is_elsewhere_N1 = (rows.expert_N == cast(int, experts.num_experts))[:, None]
-        rows_ND = rows_ND.masked_fill(is_elsewhere_N1, 0.0)
+    rows_ND = _without_elsewhere(experts, rows_ND, rows)
     return weighted_combine(rows_ND, weights_RK, rows).to(rows_RD.dtype)
 
 
@@ -89,16 +86,38 @@ def _grouped_linear(experts: nn.Module, name: str, rows_NX: Tensor, rows: Sorted
         weight = weight.transpose(-2, -1)
     # grouped_mm ignores autocast (pytorch #174763), so the rows take the weights' dtype here.
     rows_NX = rows_NX.to(weight.dtype)
+    if rows_NX.requires_grad:
+        rows_NX = _without_elsewhere(experts, rows_NX, rows)
     out_NY = _grouped_product(rows_NX, weight, rows.ends_E)
     adapter = experts_adapter(experts, name)
     if adapter is not None:
         a_EPX, b_EYP = padded(adapter, weight.dtype)
         rows_NP = adapter.scale * _grouped_product(rows_NX, a_EPX.mT, rows.ends_E)
         out_NY = out_NY + _grouped_product(rows_NP, b_EYP.mT, rows.ends_E)
+    if out_NY.requires_grad:
+        out_NY = _without_elsewhere(experts, out_NY, rows)
     if experts.has_bias:
         bias_EY = cast(Tensor, getattr(experts, f"{name}_bias"))
         out_NY = out_NY + bias_EY[rows.expert_N.clamp(max=bias_EY.shape[0] - 1)]
     return out_NY
+
+
+def _without_elsewhere(experts: nn.Module, rows_NX: Tensor, rows: SortedRows) -> Tensor:
+    """Zeros in the rows of experts elsewhere, and in their gradients.
+
+    grouped_mm leaves such rows uninitialised. Those of its forward would reach gradients through
+    the activation (0 * NaN), those of its backward the hidden states and biases: training has zeros
+    on both sides of each product.
+    """
+    if not _has_rows_elsewhere(rows_NX.device):
+        return rows_NX
+    is_elsewhere_N1 = (rows.expert_N == cast(int, experts.num_experts))[:, None]
+    return rows_NX.masked_fill(is_elsewhere_N1, 0.0)
+
+
+def _has_rows_elsewhere(device: torch.device) -> bool:
+    """Whether rows of experts elsewhere are among the sorted ones: on a CPU they are cut off."""
+    return device.type != "cpu"
 
 
 def _grouped_product(rows_NX: Tensor, weight_EXY: Tensor, ends_E: Tensor) -> Tensor:

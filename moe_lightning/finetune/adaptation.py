@@ -30,6 +30,11 @@ class Adaptation:
         self.chosen: Mapping[int, tuple[int, ...]] | None = None
         self._names: set[str] = set()
 
+    @property
+    def has_adapters(self) -> bool:
+        """Whether adapters are added."""
+        return self.lora is not None
+
     def add(self, model: PreTrainedModel, num_experts: Mapping[int, int]) -> None:
         """Add adapters and freeze, before the model is sharded.
 

@@ -5,22 +5,18 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from moe_lightning.collectives import SharingRanks
 from moe_lightning.finetune.balancing import BiasBalancing
-from moe_lightning.finetune.clipping import (
-    HeldParameter,
-    clip_by_norm,
-    clip_by_value,
-    gradient_norm,
-    num_copies,
-)
+from moe_lightning.finetune.clipping import clip_by_norm, clip_by_value, gradient_norm
+from moe_lightning.finetune.holders import held_parameters
 from moe_lightning.finetune.kept_rows import KeptRows
 from moe_lightning.finetune.losses import Losses, aux_loss_weight_of, language_model_losses
 from moe_lightning.finetune.optimizers import parameter_groups
-from moe_lightning.finetune.replicas import row_copies, sum_replica_gradients
+from moe_lightning.finetune.replicas import sum_replica_gradients
 from moe_lightning.finetune.router_watch import RouterWatch
 from moe_lightning.modeling.expert_rows import ExpertRows
 from moe_lightning.modeling.seam import find_moe_layers
@@ -114,7 +110,7 @@ class FineTuning:
         return parameter_groups(self.model.named_parameters(), expert_names=self._rows)
 
     def watch(self, optimizer: Optimizer) -> None:
-        """Keep the rows of experts that were not chosen as they are, whatever the optimizer does."""
+        """Keep the rows of experts that were not chosen as they are, whatever it does."""
         if self._kept is not None:
             optimizer.register_step_post_hook(self._kept.restore)
 
@@ -124,6 +120,11 @@ class FineTuning:
         Returns:
             How uneven the experts' load is, if biases are moved: the largest over the mean.
         """
+        for parameter in self.model.parameters():
+            grad = parameter.grad
+            if isinstance(grad, DTensor) and grad.placements != parameter.placements:
+                # Tensor parallelism leaves the embedding's gradient whole on every rank.
+                parameter.grad = grad.redistribute(placements=parameter.placements)
         sum_replica_gradients(
             self.model.named_parameters(),
             self._rows,
@@ -144,22 +145,17 @@ class FineTuning:
         Returns:
             The norm before clipping; None if values are clipped.
         """
-        trained = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+        trained = [p for p in self.model.parameters() if p.requires_grad]
         if algorithm == "value":
-            clip_by_value(trained.values(), max_value=value)
+            clip_by_value(trained, max_value=value)
             return None
-        held = [HeldParameter(p, self._copies(name, p)) for name, p in trained.items()]
+        held = held_parameters(
+            self.model.named_parameters(),
+            world_size=self.ranks.world.size,
+            ep_size=self.ranks.ep_size,
+            rows=self._rows,
+            num_holders=self._num_holders,
+        )
         norm = gradient_norm(held, world=self.ranks.world)
-        clip_by_norm(trained.values(), max_norm=value, norm=norm)
+        clip_by_norm(trained, max_norm=value, norm=norm)
         return norm
-
-    def _copies(self, name: str, parameter: Tensor) -> int | Tensor:
-        mesh = getattr(parameter, "device_mesh", None)
-        axes = () if mesh is None else mesh.mesh_dim_names or ()
-        is_of_experts = name in self._rows and self.ranks.exchanges_rows
-        outside = 1 if "tp" in axes or is_of_experts else self.ranks.num_with_same_rows
-        copies = num_copies(parameter, outside=outside)
-        holders = self._num_holders.get(name, ())
-        if all(number == 1 for number in holders):
-            return copies
-        return copies * row_copies(parameter, self._rows[name], holders)

@@ -4,21 +4,26 @@
 
 The plans are the family's own; transformers applies them. Private names of transformers used here,
 as of 5.23: ``_resolve_parallel_plans``, ``apply_tensor_parallelism``,
-``apply_fully_sharded_data_parallelism`` and ``TransformersDeviceMesh``.
+``apply_fully_sharded_data_parallelism``, ``_get_fsdp_policy_kwargs`` and ``TransformersDeviceMesh``.
 """
 
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.distributed import DistributedConfig
-from transformers.distributed.fsdp import apply_fully_sharded_data_parallelism
+from transformers.distributed.fsdp import (
+    _get_fsdp_policy_kwargs,
+    apply_fully_sharded_data_parallelism,
+)
 from transformers.distributed.tensor_parallel import apply_tensor_parallelism
 from transformers.distributed.utils import TransformersDeviceMesh
 
@@ -84,6 +89,12 @@ class RankMeshes:
         return self.axis(name).get_local_rank()
 
     @property
+    def dense_mesh(self) -> DeviceMesh:
+        """The ranks that share the dense parameters of this rank."""
+        is_hsdp = self.config.dp_replicate_size > 1
+        return self.manager.get_mesh(("dp_replicate", "fsdp") if is_hsdp else "fsdp")
+
+    @property
     def expert_mesh(self) -> DeviceMesh:
         """The ranks that share the parameters of this rank's experts."""
         is_hsdp = self.config.dp_replicate_size > 1
@@ -97,8 +108,7 @@ class RankMeshes:
             world=RankGroup(dist.group.WORLD),
             data=RankGroup(self._flat(self._dense["dp_replicate", "fsdp"])),
             experts=RankGroup(self._flat(self._experts["efsdp", "ep"])),
-            num_with_same_rows=config.tp_size,
-            exchanges_rows=config.ep_size > 1,
+            ep_size=config.ep_size,
         )
 
     def _flat(self, mesh: DeviceMesh) -> ProcessGroup:
@@ -149,12 +159,20 @@ def shard_model(model: PreTrainedModel, meshes: RankMeshes, options: ShardingOpt
     model.config.distributed_config = config
     model._tp_size, model._fsdp_size = config.tp_size, config.fsdp_size
     if config.tp_size > 1:
+        is_tied = model.config.tie_word_embeddings
+        embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+        if is_tied:  # a plan names both weights; each is cut alike
+            head.weight = nn.Parameter(torch.empty_like(embedding.weight))
         apply_tensor_parallelism(model, meshes.manager.get_mesh("tp"), tp_plan)
+        if is_tied:
+            head.weight = embedding.weight
     if config.pp_size > 1:
         split_into_stages(model, meshes.group("pp"))
     if config.dp_size == 1:
         return False
     if options.shards_dense:
+        if model.config.tie_word_embeddings:
+            fsdp_plan = _shard_tied(model, meshes, fsdp_plan)
         ep_plan = {layer.name: "ep_dispatch_experts" for layer in layers if config.ep_size > 1}
         apply_fully_sharded_data_parallelism(model, meshes.manager, fsdp_plan, ep_plan)
         return True
@@ -162,6 +180,27 @@ def shard_model(model: PreTrainedModel, meshes: RankMeshes, options: ShardingOpt
         for layer in layers:
             fully_shard(layer.experts, mesh=meshes.expert_mesh)
     return False
+
+
+def _shard_tied(
+    model: PreTrainedModel, meshes: RankMeshes, fsdp_plan: dict[str, str]
+) -> dict[str, str]:
+    """Share the embedding's weight, which is the head's too, in one group with both.
+
+    torch 2.13 refuses a weight that is in two groups, which transformers' plan would put it in.
+
+    Returns:
+        The plan for the others.
+    """
+    base: Any = model.base_model
+    modules = [model.get_input_embeddings(), base.norm, model.get_output_embeddings()]
+    policies = _get_fsdp_policy_kwargs(meshes.config)
+    fully_shard(modules, mesh=meshes.dense_mesh, reshard_after_forward=False, **policies)
+    return {
+        name: style
+        for name, style in fsdp_plan.items()
+        if not any(model.get_submodule(name) is module for module in modules)
+    }
 
 
 def _plans(

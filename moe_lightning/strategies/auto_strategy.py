@@ -6,8 +6,8 @@
 Lightning wants a strategy when a trainer is made, before there is a model. A launcher is the first
 that a trainer calls with both, so ours exchanges the strategy there. Private names of Lightning
 used here, as of 2.6.6: ``_accelerator_connector`` with ``strategy``, ``_strategy_flag``,
-``_parallel_devices``, ``_validate_precision_choice`` and ``_lazy_init_strategy``; ``_Launcher``,
-``_lightning_module``, ``_configure_launcher``.
+``_parallel_devices``, ``_num_nodes_flag``, ``_validate_precision_choice`` and
+``_lazy_init_strategy``; ``_Launcher``, ``_lightning_module``, ``_configure_launcher``.
 """
 
 from collections.abc import Callable, Hashable
@@ -175,6 +175,12 @@ def exchange_strategy(trainer: Trainer, choice: Choice) -> Strategy:
     """
     connector: Any = trainer._accelerator_connector
     before = connector.strategy
+    if num_launched() > 1:  # the launcher has decided, whatever the trainer was told
+        indices = range(choice.cluster.devices_per_node)
+        of_rank = [torch.device("cuda", index) for index in indices]
+        is_cpu = choice.cluster.kind == "cpu"
+        connector._parallel_devices = [torch.device("cpu") for _ in indices] if is_cpu else of_rank
+        connector._num_nodes_flag = choice.cluster.num_nodes
     strategy = choice.build(_devices(connector))
     connector.strategy = connector._strategy_flag = strategy
     try:

@@ -23,6 +23,10 @@ from moe_lightning.placement import ExpertPlacement
 class ModelAdaptation(Protocol):
     """What a run changes of the checkpoint's model; see ``finetune/adaptation``."""
 
+    @property
+    def has_adapters(self) -> bool:
+        """Whether adapters are added."""
+
     def add(self, model: PreTrainedModel, num_experts: Mapping[int, int]) -> None:
         """Before the model on meta is sharded."""
 

@@ -17,15 +17,21 @@ class OneProcessStrategy(MoEStrategy, ParallelStrategy):
     """What strategies for inference with one process that runs the model have in common."""
 
     def check_is_inference(self, options: HostingOptions) -> None:
-        """Refuse to train.
+        """Refuse to train, and to run adapters.
 
         Raises:
-            UsageError: If the model is going to be trained.
+            UsageError: If the model is going to be trained, or has adapters.
         """
         if options.is_training:
             raise UsageError(
                 f"the strategy {self.strategy_name} is for inference and does not train. For fit, "
-                "use --trainer.strategy auto, or ddp."
+                "use --trainer.strategy auto, ddp, moe_fsdp or moe_ep."
+            )
+        if options.adaptation is not None:
+            raise UsageError(
+                f"the strategy {self.strategy_name} places the checkpoint's own experts, without "
+                "adapters (--model.lora). Merge them first (python -m moe_lightning export), or "
+                "use --trainer.strategy auto, moe_fsdp or moe_ep."
             )
 
     @override

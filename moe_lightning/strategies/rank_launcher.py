@@ -86,7 +86,7 @@ class RankLauncher(_SubprocessScriptLauncher):
                 return function(*args, **kwargs)
             except BaseException as error:
                 with _signals_ignored():
-                    cause = self._explain(error, f"{trainer.state.fn}")
+                    cause = self._explain(error, _verb(trainer))
                     self._end_children()
                 if cause is None:
                     raise
@@ -158,6 +158,10 @@ class RankLauncher(_SubprocessScriptLauncher):
             connector.received_sigterm = True
 
         connector._sigterm_notifier_fn = note  # type: ignore[method-assign, assignment]
+
+
+def _verb(trainer: Trainer) -> str:
+    return "the run" if trainer.state.fn is None else trainer.state.fn.value
 
 
 @contextmanager

@@ -255,7 +255,8 @@ class RankWatch:
         )
 
     def _say(self, text: str) -> None:
-        print(f"rank {self._post.rank}: {text}", file=sys.stderr, flush=True)
+        # A progress bar may be in the middle of the line.
+        print(f"\nrank {self._post.rank}: {text}", file=sys.stderr, flush=True)
 
 
 class _Successor:

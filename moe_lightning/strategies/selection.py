@@ -1,6 +1,6 @@
 """Which strategy suits a model and devices: the rules of ``moe_auto``, without a trainer.
 
-    fits on one device ──────────────────────────▶ auto (a single device); with ranks ddp
+    fits on one device ──────────────────────────▶ auto (a single device); with ranks a copy each
     inference, GPUs of one machine together ─────▶ moe_placement; with ranks moe_ep
     inference, several machines, or too large ───▶ moe_rpc
     training, several devices ───────────────────▶ moe_fsdp, with ep_size where experts dominate
@@ -31,10 +31,12 @@ class Choice:
 
     Attributes:
         estimate: It, with its options and what it needs.
+        cluster: The devices that it was chosen for.
         reasons: Three lines: what was found, the rule, the choice with its numbers.
     """
 
     estimate: Estimate
+    cluster: Cluster
     reasons: tuple[str, str, str]
 
     @property
@@ -52,7 +54,7 @@ class Choice:
             A new strategy that no trainer has yet.
         """
         # They import the base class, whose `select` leads here.
-        from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+        from lightning.pytorch.strategies import SingleDeviceStrategy
 
         from moe_lightning.strategies.placement_strategy import PlacementStrategy
         from moe_lightning.strategies.rpc_strategy import RPCStrategy
@@ -60,8 +62,6 @@ class Choice:
 
         if self.name == "auto":
             return SingleDeviceStrategy(device=devices[0])
-        if self.name == "ddp":
-            return DDPStrategy()
         options = dict(self.estimate.options)
         if self.name == "moe_rpc":
             return RPCStrategy(**options)  # type: ignore[arg-type]
@@ -113,7 +113,8 @@ def select(
             chosen = rows[key]
             if key == "rpc" and not has_ranks:
                 chosen = replace(chosen, options={"num_workers": cluster.num_devices - 1})
-            return Choice(chosen, (_found(sizes, cluster), rule, _chosen(chosen, cluster)))
+            reasons = (_found(sizes, cluster), rule, _chosen(chosen, cluster))
+            return Choice(chosen, cluster, reasons)
     raise UsageError(_nothing_fits(sizes, cluster, rows, order, training=training))
 
 
@@ -138,8 +139,8 @@ def _rule_for_one_process(
 
 def _rule_for_ranks(cluster: Cluster, rows: Mapping[str, Estimate]) -> tuple[str, tuple[str, ...]]:
     """Inference by several processes."""
-    if rows["ddp"].fits:
-        return "inference by several ranks, each with room for a copy: no traffic", ("ddp",)
+    if rows["copies"].fits:
+        return "inference by several ranks, each with room for a copy: no traffic", ("copies",)
     if cluster.num_nodes == 1:
         return (
             "inference by the ranks of one machine, none with room for a copy: they share experts"

@@ -24,6 +24,13 @@ from moe_lightning.strategies.placing import PlacementOptions, PolicyName
 from moe_lightning.strategies.sharded_model import ExchangeOptions, ShardedModel, ShardLoader
 
 WireName = Literal["bfloat16", "float16"]
+SHARDED_PRESETS: dict[str, dict[str, Size]] = {
+    "moe_fsdp": {},
+    "moe_ep": {"ep_size": "auto"},
+    "moe_tp": {"tp_size": "auto"},
+    "moe_pp": {"pp_size": "auto"},
+}
+"""Names of the strategy with some of its sizes set."""
 
 
 class ShardedStrategy(MoEStrategy, ModelParallelStrategy):
@@ -196,6 +203,16 @@ class ShardedStrategy(MoEStrategy, ModelParallelStrategy):
                 "pipeline parallelism is for inference here and does not train. Use moe_fsdp or "
                 "moe_ep for fit."
             )
+        if options.adaptation is not None and options.adaptation.has_adapters and sizes.tp > 1:
+            raise UsageError(
+                f"tp_size is {sizes.tp}, but adapters (--model.lora) are not split by tensor "
+                "parallelism. Use moe_fsdp or moe_ep."
+            )
+        if options.is_training and self.dense == "replicated":
+            raise UsageError(
+                "dense is replicated, which is for inference: nobody would average the gradients "
+                "of the dense layers. Leave it out for fit."
+            )
         is_ep_inference = sizes.ep > 1 and not options.is_training
         loader = ShardLoader(
             self._meshes,
@@ -211,7 +228,7 @@ class ShardedStrategy(MoEStrategy, ModelParallelStrategy):
         )
         self._hosted = loader.load(view, options, place=self._place, hosted_by=self.hosting_key)
         if options.is_training and self.activation_checkpointing:
-            self._hosted.model.gradient_checkpointing_enable({"use_reentrant": False})
+            self._hosted.model.activation_checkpointing_enable()
         if not options.is_training:
             self._hosted.model.requires_grad_(False)
         return self._hosted

@@ -17,7 +17,10 @@ from made_up_experts import (
     rows_of,
 )
 
+from moe_lightning.experts import backends
+from moe_lightning.experts.adapters import add_experts_adapter
 from moe_lightning.experts.backends import plain_backend
+from moe_lightning.experts.permute import SortedRows
 from moe_lightning.modeling.seam import find_moe_layers
 
 NAN = float("nan")
@@ -118,3 +121,68 @@ def test_gradients_do_not_come_from_elsewhere(name):
     for got, want in zip(*gradients, strict=True):
         torch.testing.assert_close(got, want, **TOLERANCE)
     assert not gradients[0][1][index_RK == E].any()
+
+
+class OnlyGroups(torch.autograd.Function):
+    """grouped_mm as on a GPU: rows after the last group are left as they were, here NaN."""
+
+    @staticmethod
+    def forward(ctx, rows_NX, weight_EXY, ends_E):
+        ctx.save_for_backward(rows_NX, weight_EXY, ends_E)
+        out_NY = rows_NX.new_full((rows_NX.shape[0], weight_EXY.shape[2]), NAN)
+        for a, b, weight in spans(ends_E, weight_EXY):
+            out_NY[a:b] = rows_NX[a:b] @ weight
+        return out_NY
+
+    @staticmethod
+    def backward(ctx, upstream_NY):
+        rows_NX, weight_EXY, ends_E = ctx.saved_tensors
+        of_rows_NX, of_weight_EXY = torch.full_like(rows_NX, NAN), torch.zeros_like(weight_EXY)
+        for e, (a, b, weight) in enumerate(spans(ends_E, weight_EXY)):
+            of_rows_NX[a:b] = upstream_NY[a:b] @ weight.mT
+            of_weight_EXY[e] = rows_NX[a:b].mT @ upstream_NY[a:b]
+        return of_rows_NX, of_weight_EXY, None
+
+
+def spans(ends_E, weight_EXY):
+    ends = ends_E.tolist()
+    return zip([0, *ends[:-1]], ends, weight_EXY, strict=True)
+
+
+def sorted_as_on_a_gpu(index_TK, num_experts):
+    """Rows of experts elsewhere stay, at the end."""
+    expert_N, order_N = torch.sort(index_TK.reshape(-1), stable=True)
+    ends_E = torch.searchsorted(expert_N, torch.arange(num_experts), right=True)
+    return SortedRows(order_N, expert_N, ends_E.int())
+
+
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("has_adapters", [False, True])
+def test_gradients_on_a_gpu_do_not_come_from_elsewhere(monkeypatch, has_adapters, norm):
+    """A GPU's grouped_mm and sorting, imitated; the widths suit it."""
+    experts = make_experts(bias=True, norm=norm)
+    if has_adapters:
+        for projection in ("gate_up_proj", "down_proj"):
+            for name in add_experts_adapter(experts, projection, rank=4, scale=2.0):
+                torch.nn.init.normal_(getattr(experts, name), std=0.2)
+    rows_RD, index_RK, weights_RK = some_elsewhere(*rows_of(9, 3), num_experts=E)
+    upstream_RD = torch.randn(9, D, generator=torch.Generator().manual_seed(7))
+
+    def outcome():
+        sources = [rows_RD.clone().requires_grad_(), weights_RK.clone().requires_grad_()]
+        out_RD = plain_backend("grouped_mm", experts)(sources[0], index_RK, sources[1])
+        wanted = [*sources, *experts.parameters()]
+        return [out_RD, *torch.autograd.grad(out_RD, wanted, upstream_RD)]
+
+    want = outcome()
+    calls = []
+    monkeypatch.setattr(backends, "sort_by_expert", sorted_as_on_a_gpu)
+    monkeypatch.setattr(backends, "_has_rows_elsewhere", lambda device: True)
+    monkeypatch.setattr(
+        backends,
+        "grouped_mm",
+        lambda rows, weight, offs: calls.append(1) or OnlyGroups.apply(rows, weight, offs),
+    )
+    for got, expected in zip(outcome(), want, strict=True):
+        torch.testing.assert_close(got, expected, **TOLERANCE)
+    assert len(calls) == (6 if has_adapters else 2)
