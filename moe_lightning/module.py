@@ -24,9 +24,9 @@ from typing_extensions import override
 
 from moe_lightning.collectives import RankGroup, SharingRanks
 from moe_lightning.data.batches import as_row_batch
+from moe_lightning.data.encode import Encoder
 from moe_lightning.data.rank_batches import NumberedBatch
 from moe_lightning.data.records import RowBatch
-from moe_lightning.data.encode import Encoder
 from moe_lightning.dispatch import RoutingLog
 from moe_lightning.errors import CheckpointError, UsageError
 from moe_lightning.experts.names import BackendName
@@ -303,7 +303,11 @@ class MoELightningModule(L.LightningModule):
         """The ranks that have different rows; those of Lightning's ddp have whole models."""
         assert self.hosted is not None, "configure_model has not run"
         trainer = self._trainer
-        if trainer is not None and trainer.world_size > 1 and isinstance(trainer.strategy, DDPStrategy):
+        if (
+            trainer is not None
+            and trainer.world_size > 1
+            and isinstance(trainer.strategy, DDPStrategy)
+        ):
             return SharingRanks(data=RankGroup(torch.distributed.group.WORLD))
         return self.hosted.ranks
 

@@ -2,13 +2,15 @@
 
     python scripts/chaos_ranks.py --runs 20 --seed 0
 
-Each run is ``predict`` with a model over some ranks, one of which is killed (SIGKILL) or stopped
-(SIGSTOP) at a moment drawn from the length of an undisturbed run. The others must end in time with
-exit code 6 and name that rank and its host. Then the same command, undisturbed, must give the rows
-of the first, undisturbed run. Ranks are forked with the variables that torchrun would set.
+Each run is ``predict`` or ``fit`` with a model over some ranks, one of which is killed (SIGKILL) or
+stopped (SIGSTOP) at a moment drawn from the length of an undisturbed run. The others must end in
+time with exit code 6 and name that rank and its host. Then the same command, undisturbed, must give
+what it gave before all that: rows, or losses. Ranks are forked with the variables that torchrun
+would set.
 """
 
 import argparse
+import csv
 import json
 import random
 import re
@@ -58,12 +60,13 @@ class Scene:
         rows = [{"id": str(n), "prompt": f"row {n} " + "so " * (n % 9)} for n in range(NUM_ROWS)]
         (directory / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
-    def start(self, name: str, output: Path) -> list[Child]:
+    def start(self, verb: str, name: str, output: Path) -> list[Child]:
         """Start all ranks of a run.
 
         Args:
+            verb: ``predict`` or ``fit``.
             name: For its logs.
-            output: Where its rows go.
+            output: Where what it makes goes.
 
         Returns:
             The processes, in the order of their ranks.
@@ -71,10 +74,20 @@ class Scene:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
+        of_verb = {
+            "predict": (
+                *("--data.input", self.directory / "rows.jsonl", "--data.max_batch_tokens", 150),
+                *("--model.task.max_new_tokens", 12),
+            ),
+            "fit": (
+                *("--data.train", "demo", "--data.val", "demo", "--data.sequence_length", 64),
+                *("--trainer.max_steps", 30, "--trainer.log_every_n_steps", 5),
+                *("--trainer.limit_val_batches", 2),
+            ),
+        }
         arguments = (
-            *("predict", "--model.checkpoint", self.checkpoint, "--output_dir", output),
-            *("--data.input", self.directory / "rows.jsonl", "--data.max_batch_tokens", 150),
-            *("--model.task.max_new_tokens", 12),
+            *(verb, "--model.checkpoint", self.checkpoint, "--output_dir", output),
+            *of_verb[verb],
             *("--trainer.accelerator", "cpu", "--trainer.devices", self.num_ranks),
             *("--trainer.strategy", "moe_fsdp", "--trainer.strategy.ep_size", self.num_ranks),
             *("--trainer.strategy.timeout_s", TIMEOUT_S),
@@ -96,28 +109,34 @@ class Scene:
             for rank in range(self.num_ranks)
         ]
 
-    def run(self, name: str, output: Path) -> tuple[list[bytes], float]:
+    def run(self, verb: str, name: str, output: Path) -> tuple[list[str], float]:
         """Run undisturbed.
 
         Args:
+            verb: ``predict`` or ``fit``.
             name: For its logs.
-            output: Where its rows go.
+            output: Where what it makes goes.
 
         Returns:
-            The rows, in the order of their text, and how long it took.
+            What it gave, and how long it took.
         """
         begin_s = time.monotonic()
-        for child in self.start(name, output):
+        for child in self.start(verb, name, output):
             if not child.wait(RUN_S) or child.code != 0:
                 raise AssertionError(f"{name}: exit code {child.code}: {child.said()}")
-        length_s = time.monotonic() - begin_s
-        return read_rows(output), length_s
+        return results(output), time.monotonic() - begin_s
 
 
-def read_rows(output: Path) -> list[bytes]:
-    """The rows of a run, in the order of their text; none if it has not ended."""
-    file = output / "predictions.jsonl"
-    return sorted(file.read_bytes().splitlines()) if file.exists() else []
+def results(output: Path) -> list[str]:
+    """The rows of ``predict`` in the order of their text, or the losses of ``fit``."""
+    predictions = output / "predictions.jsonl"
+    if predictions.exists():
+        return sorted(predictions.read_text().splitlines())
+    files = sorted(output.glob("logs/**/metrics.csv"), key=lambda file: file.stat().st_mtime)
+    if not files:
+        return []
+    with files[-1].open() as file:
+        return [row["train_loss"] for row in csv.DictReader(file) if row["train_loss"]]
 
 
 def verdict(child: Child, begin_s: float, victim: int) -> str | None:
@@ -136,15 +155,16 @@ def verdict(child: Child, begin_s: float, victim: int) -> str | None:
 
 
 def disturb(
-    scene: Scene, number: int, draw: random.Random, *, wanted: list[bytes], length_s: float
+    scene: Scene, verb: str, number: int, draw: random.Random, *, wanted: list[str], length_s: float
 ) -> tuple[str, bool]:
     """One disturbed run.
 
     Args:
         scene: Where.
+        verb: ``predict`` or ``fit``.
         number: Its number.
         draw: Draws victim, signal and moment.
-        wanted: The rows of an undisturbed run.
+        wanted: What an undisturbed run gives.
         length_s: Length of an undisturbed run.
 
     Returns:
@@ -154,13 +174,13 @@ def disturb(
     how = draw.choice([signal.SIGKILL, signal.SIGSTOP])
     moment_s = draw.uniform(0.0, length_s)
     output = scene.directory / f"out-{number}"
-    children = scene.start(f"run-{number}", output)
+    children = scene.start(verb, f"run-{number}", output)
     time.sleep(moment_s)
-    said = f"run {number}: {how.name} of rank {victim} after {moment_s:.2f} s: "
+    said = f"run {number}, {verb}: {how.name} of rank {victim} after {moment_s:.2f} s: "
     if not all(child.is_there for child in children):
         for child in children:
             child.wait(RUN_S)
-        return said + "the run was over", read_rows(output) == wanted
+        return said + "the run was over", results(output) == wanted
     begin_s = time.monotonic()
     children[victim].send(how)
     problems = []
@@ -172,7 +192,7 @@ def disturb(
     for child in children:
         child.end()
     if all(child.code == 0 for child in others):  # they needed the victim no more
-        return said + "the run was over", read_rows(output) == wanted
+        return said + "the run was over", results(output) == wanted
     return said + (" ".join(problems) or f"the others ended within {took_s:.1f} s"), not problems
 
 
@@ -182,19 +202,34 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=20, help="Disturbed runs.")
     parser.add_argument("--seed", type=int, default=0, help="Draws victims, signals and moments.")
     parser.add_argument("--ranks", type=int, default=2, help="Ranks of each run.")
+    parser.add_argument(
+        "--verbs",
+        nargs="+",
+        choices=["predict", "fit"],
+        default=["predict", "fit"],
+        help="In turn.",
+    )
     options = parser.parse_args()
     draw = random.Random(options.seed)
     num_bad = 0
     with tempfile.TemporaryDirectory() as directory:
         scene = Scene(Path(directory), options.ranks)
         try:
-            wanted, length_s = scene.run("undisturbed", Path(directory, "undisturbed"))
-            print(f"seed {options.seed}: an undisturbed run takes {length_s:.1f} s", flush=True)
+            undisturbed = {
+                verb: scene.run(verb, f"undisturbed-{verb}", Path(directory, f"undisturbed-{verb}"))
+                for verb in options.verbs
+            }
+            lengths = ", ".join(f"{verb} {s:.1f} s" for verb, (_, s) in undisturbed.items())
+            print(f"seed {options.seed}; undisturbed: {lengths}", flush=True)
             for number in range(options.runs):
-                what, is_right = disturb(scene, number, draw, wanted=wanted, length_s=length_s)
-                rows, _ = scene.run(f"again-{number}", Path(directory, f"out-{number}"))
-                if rows != wanted:
-                    is_right, what = False, f"{what}; the same command gave other rows"
+                verb = options.verbs[number % len(options.verbs)]
+                wanted, length_s = undisturbed[verb]
+                what, is_right = disturb(
+                    scene, verb, number, draw, wanted=wanted, length_s=length_s
+                )
+                found, _ = scene.run(verb, f"again-{number}", Path(directory, f"out-{number}"))
+                if found != wanted or not found:
+                    is_right, what = False, f"{what}; the same command gave something else"
                 num_bad += not is_right
                 print(f"{'' if is_right else 'WRONG '}{what}", flush=True)
         finally:

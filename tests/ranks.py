@@ -37,10 +37,10 @@ def run_on_ranks(num_ranks, function, *args, timeout_s=TIMEOUT_S):
     """
     pool = _pool(num_ranks)
     port = _free_port()
-    for rank, (process, pipe) in enumerate(pool):
+    for rank, (_, pipe) in enumerate(pool):
         pipe.send((rank, num_ranks, port, function.__module__, function.__qualname__, args))
     results, problems = [], []
-    for rank, (process, pipe) in enumerate(pool):
+    for rank, (_, pipe) in enumerate(pool):
         try:
             if not pipe.poll(timeout_s if not problems else 5):
                 problems.append(f"rank {rank} did not come back")

@@ -34,7 +34,10 @@ def run(arguments: Sequence[str]) -> int:
         "--model.checkpoint", type=str, help="The checkpoint that fit started from.", required=True
     )
     parser.add_argument(
-        "--ckpt_path", type=str, help="The training checkpoint of fit: a .ckpt file or directory.", required=True
+        "--ckpt_path",
+        type=str,
+        help="The training checkpoint of fit: a .ckpt file or directory.",
+        required=True,
     )
     parser.add_argument(
         "--export_dir", type=str, help="The directory to write; made if missing.", required=True

@@ -6,8 +6,8 @@
     the rest, split by rows         4, even    4, odd
 
 Ranks whose forwards exchange things must take part in as many batches as the others; a rank without
-rows in a round gets an empty batch. A user's own dataloader is read whole by every rank, which takes
-every so many-th of its batches.
+rows in a round gets an empty batch. A user's own dataloader is read whole by every rank, which
+takes every so many-th of its batches.
 """
 
 from collections.abc import Iterator, Mapping
@@ -110,6 +110,6 @@ def _num_rows(batch: Any) -> int:
     if isinstance(batch, RowBatch):
         return len(batch.rows) + len(batch.errors)
     if isinstance(batch, Mapping):
-        column = next(iter(batch.values()), [])
+        column: Any = next(iter(batch.values()), [])
         return int(column.shape[0]) if isinstance(column, Tensor) else len(column)
     return len(batch)

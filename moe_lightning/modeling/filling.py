@@ -139,7 +139,8 @@ class ModelFiller:
                 )
                 module, _, own_name = name.rpartition(".")
                 full = nn.Parameter(
-                    _dtensor_from_local_like(local, parameter), requires_grad=parameter.requires_grad
+                    _dtensor_from_local_like(local, parameter),
+                    requires_grad=parameter.requires_grad,
                 )
                 full._is_hf_initialized = True  # type: ignore[attr-defined]
                 setattr(self._model.get_submodule(module), own_name, full)

@@ -5,8 +5,8 @@
 transformers (5.23, ``core_model_loading._materialize_copy``) materialises what it is given with
 ``tensor[...].to(device=..., dtype=...)``, several tensors at once, in threads. Were ``[...]`` to
 read, each thread would hold a tensor on the host, and once more in the wanted dtype; so ``to``
-reads. Of a tensor that ranks share, transformers (``sharding_utils.DtensorShardOperation``) asks for
-this rank's part by ``tensor[slices]``; parts are read at once.
+reads. Of a tensor that ranks share, transformers (``sharding_utils.DtensorShardOperation``) asks
+for this rank's part by ``tensor[slices]``; parts are read at once.
 """
 
 from collections.abc import Iterator, Sequence

@@ -4,7 +4,8 @@
 
 The plans are the family's own; transformers applies them. Private names of transformers used here,
 as of 5.23: ``_resolve_parallel_plans``, ``apply_tensor_parallelism``,
-``apply_fully_sharded_data_parallelism``, ``_get_fsdp_policy_kwargs`` and ``TransformersDeviceMesh``.
+``apply_fully_sharded_data_parallelism``, ``_get_fsdp_policy_kwargs`` and
+``TransformersDeviceMesh``.
 """
 
 from dataclasses import dataclass
@@ -78,7 +79,8 @@ class RankMeshes:
 
     def axis(self, name: str) -> DeviceMesh:
         """The ranks along one axis that this rank is among."""
-        return self.manager.get_mesh(name)
+        mesh: DeviceMesh = self.manager.get_mesh(name)
+        return mesh
 
     def group(self, name: str) -> ProcessGroup:
         """The process group of one axis."""
@@ -92,14 +94,17 @@ class RankMeshes:
     def dense_mesh(self) -> DeviceMesh:
         """The ranks that share the dense parameters of this rank."""
         is_hsdp = self.config.dp_replicate_size > 1
-        return self.manager.get_mesh(("dp_replicate", "fsdp") if is_hsdp else "fsdp")
+        axes = ("dp_replicate", "fsdp") if is_hsdp else "fsdp"
+        mesh: DeviceMesh = self.manager.get_mesh(axes)
+        return mesh
 
     @property
     def expert_mesh(self) -> DeviceMesh:
         """The ranks that share the parameters of this rank's experts."""
         is_hsdp = self.config.dp_replicate_size > 1
-        return self.manager.get_mesh(("dp_replicate", "efsdp") if is_hsdp else "efsdp")
-
+        axes = ("dp_replicate", "efsdp") if is_hsdp else "efsdp"
+        mesh: DeviceMesh = self.manager.get_mesh(axes)
+        return mesh
 
     def sharing_ranks(self) -> SharingRanks:
         """The ranks as training sees them; all ranks call this together, once."""

@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable
 from functools import partial
 
+import torch
 from torch import Tensor, nn
 
 
@@ -45,7 +46,7 @@ class SharedExperts:
 
     def __init__(self, block: nn.Module, shared: nn.Module) -> None:
         self._compute: Callable[[Tensor], Tensor] = shared.forward
-        self._comes_after = False  # found out in the block's first pass
+        self._comes_after = False  # found out in the block's first pass without gradients
         self._pass = _Pass()
         shared.forward = self._answer
         block.register_forward_pre_hook(self._begin)
@@ -66,7 +67,10 @@ class SharedExperts:
         self._pass.input_TD, self._pass.output_TD = hidden_TD, self._compute(hidden_TD)
 
     def _answer(self, hidden: Tensor) -> Tensor:
-        self._comes_after = self._pass.rows_are_away
+        # Activation checkpointing needs a pass and its repetition in backward to do the same, so
+        # that this is not found out in between.
+        if not torch.is_grad_enabled():
+            self._comes_after = self._pass.rows_are_away
         there, output_TD = self._pass.take()
         is_same = (
             there is not None

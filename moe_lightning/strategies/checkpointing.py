@@ -27,7 +27,6 @@ class CheckpointsOfRanks(ModelParallelStrategy):
     """
 
     host_ranks: RankGroup
-    _hosted: HostedModel | None
 
     @override
     def lightning_module_state_dict(self) -> dict[str, Any]:
@@ -94,8 +93,9 @@ class CheckpointsOfRanks(ModelParallelStrategy):
             remove_checkpoint(Path(filepath))
 
     def _hosted_model(self) -> HostedModel:
-        assert self._hosted is not None, "configure_model has not run"
-        return self._hosted
+        hosted = getattr(self.lightning_module, "hosted", None)
+        assert isinstance(hosted, HostedModel), "configure_model has not run"
+        return hosted
 
     def _optimizer(self) -> Optimizer | None:
         if not self.optimizers:

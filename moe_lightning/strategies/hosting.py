@@ -204,9 +204,7 @@ def host_on_one_device(
         if options.adaptation is not None:
             options.adaptation.fill(model, rows, device=device)
 
-    model = load_model(
-        view, device=device, dtype=options.dtype, on_layer=on_layer, on_meta=on_meta
-    )
+    model = load_model(view, device=device, dtype=options.dtype, on_layer=on_layer, on_meta=on_meta)
     if options.adaptation is not None:
         options.adaptation.finish(model)
     padding = attach(model, lambda layer: LocalDispatcher(shards[layer.layer], log=options.log))

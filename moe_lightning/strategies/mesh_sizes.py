@@ -1,7 +1,7 @@
 """MeshSizes: how the ranks of a run are divided, and which divisions are legal.
 
-    world = pp * dp_replicate * fsdp * tp          dense layers:  fsdp * tp   share one copy
-          = pp * dp_replicate * efsdp * ep         experts:       efsdp * ep  share one copy
+world = pp * dp_replicate * fsdp * tp          dense layers:  fsdp * tp   share one copy
+      = pp * dp_replicate * efsdp * ep         experts:       efsdp * ep  share one copy
 """
 
 from collections.abc import Mapping
@@ -99,7 +99,7 @@ def resolve_sizes(world: int, given: Mapping[str, Size]) -> MeshSizes:
 
 def _check_ep(ep: int, sizes: Mapping[str, int]) -> None:
     share, tp = sizes["fsdp"] * sizes["tp"], sizes["tp"]
-    if share % ep or ep % tp and ep > 1:
+    if share % ep or (ep > 1 and ep % tp):
         legal = [n for n in range(1, share + 1) if share % n == 0 and (n % tp == 0 or n == 1)]
         raise UsageError(
             f"ep_size is {ep}, but it must divide fsdp_size * tp_size = {sizes['fsdp']} * {tp} = "

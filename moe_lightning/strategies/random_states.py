@@ -25,7 +25,7 @@ def random_states() -> dict[str, Any]:
             gauss,
         ],
         "python": random.getstate(),
-        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None,
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
     }
 
 

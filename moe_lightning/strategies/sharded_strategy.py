@@ -8,7 +8,6 @@ from typing import Any, ClassVar, Literal
 import lightning as L
 import torch
 import torch.distributed as dist
-from lightning.pytorch.strategies import ModelParallelStrategy
 from typing_extensions import override
 
 from moe_lightning.collectives import RankGroup
@@ -17,11 +16,12 @@ from moe_lightning.errors import UsageError
 from moe_lightning.modeling.checkpoint import CheckpointView
 from moe_lightning.modeling.sharding import RankMeshes, ShardingOptions
 from moe_lightning.placement import ExpertPlacement, load_loads, make_placement
+from moe_lightning.strategies.checkpointing import CheckpointsOfRanks
 from moe_lightning.strategies.hosting import HostedModel, HostingOptions
 from moe_lightning.strategies.mesh_sizes import MeshSizes, Size, resolve_sizes
 from moe_lightning.strategies.moe_strategy import MoEStrategy
 from moe_lightning.strategies.placing import PlacementOptions, PolicyName
-from moe_lightning.strategies.sharded_model import ExchangeOptions, ShardedModel, ShardLoader
+from moe_lightning.strategies.sharded_model import ExchangeOptions, ShardLoader
 
 WireName = Literal["bfloat16", "float16"]
 SHARDED_PRESETS: dict[str, dict[str, Size]] = {
@@ -33,7 +33,7 @@ SHARDED_PRESETS: dict[str, dict[str, Size]] = {
 """Names of the strategy with some of its sizes set."""
 
 
-class ShardedStrategy(MoEStrategy, ModelParallelStrategy):
+class ShardedStrategy(MoEStrategy, CheckpointsOfRanks):
     """A model over the ranks of a run, each of which holds its share of the weights.
 
     Args:
@@ -111,7 +111,6 @@ class ShardedStrategy(MoEStrategy, ModelParallelStrategy):
         self.activation_checkpointing = activation_checkpointing
         self.timeout_s = timeout_s
         self._meshes: RankMeshes | None = None
-        self._hosted: ShardedModel | None = None
 
     # The ranks.
 
@@ -135,8 +134,8 @@ class ShardedStrategy(MoEStrategy, ModelParallelStrategy):
         sizes = self.sizes
         if self.cpu_offload and self.root_device.type == "cpu":
             raise UsageError(
-                "cpu_offload keeps the parameters of GPUs in the host's memory; these ranks compute "
-                "on the CPU. Leave it out."
+                "cpu_offload keeps the parameters of GPUs in the host's memory; these ranks "
+                "compute on the CPU. Leave it out."
             )
         if sizes.world > 1:
             self._meshes = RankMeshes(
@@ -226,12 +225,12 @@ class ShardedStrategy(MoEStrategy, ModelParallelStrategy):
             device=self.root_device,
             host_ranks=self.host_ranks,
         )
-        self._hosted = loader.load(view, options, place=self._place, hosted_by=self.hosting_key)
+        hosted = loader.load(view, options, place=self._place, hosted_by=self.hosting_key)
         if options.is_training and self.activation_checkpointing:
-            self._hosted.model.activation_checkpointing_enable()
+            hosted.model.activation_checkpointing_enable()
         if not options.is_training:
-            self._hosted.model.requires_grad_(False)
-        return self._hosted
+            hosted.model.requires_grad_(False)
+        return hosted
 
     def _place(self, num_experts: Mapping[int, int], num_slots: int) -> ExpertPlacement:
         options = self.placing
@@ -256,7 +255,8 @@ class ShardedStrategy(MoEStrategy, ModelParallelStrategy):
             loop.inference_mode = False
         trainer.fit_loop.epoch_loop.val_loop.inference_mode = False
         if trainer.predicting:
-            # Lightning's sampler gives ranks unequal numbers of batches; process_dataloader does not.
+            # Lightning's sampler gives ranks unequal numbers of batches; our batches_of_rank
+            # does not.
             trainer._accelerator_connector.use_distributed_sampler = False
         super().setup(trainer)
 

@@ -1,14 +1,13 @@
 """From shards to a directory that plain transformers loads."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from families import FAMILIES
 from safetensors import safe_open
-from safetensors.torch import load_file
-from torch.distributed.checkpoint.filesystem import FileSystemReader
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from moe_lightning import MoELightningModule
@@ -66,7 +65,12 @@ def test_export_is_what_save_pretrained_writes(family, family_checkpoint, tmp_pa
 
 
 def test_export_of_tied_weights(family_checkpoint, tmp_path):
-    checkpoint = family_checkpoint("qwen3_moe", tie_word_embeddings=True)
+    checkpoint = shutil.copytree(family_checkpoint("qwen3_moe"), tmp_path / "tied")
+    tensors = load_file(checkpoint / "model.safetensors")
+    del tensors["lm_head.weight"]
+    save_file(tensors, checkpoint / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((checkpoint / "config.json").read_text()) | {"tie_word_embeddings": True}
+    (checkpoint / "config.json").write_text(json.dumps(config))
     _, logits = trained(checkpoint, tmp_path / "x.ckpt")
     export_checkpoint(
         str(checkpoint), str(tmp_path / "x.ckpt"), str(tmp_path / "out"), dtype="float32"

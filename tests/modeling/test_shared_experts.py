@@ -4,6 +4,7 @@ import pytest
 import torch
 from quiet_trainer import quiet_trainer
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
 from moe_lightning import Embed, MoELightningModule, PlacementStrategy
@@ -37,6 +38,7 @@ class Block(nn.Module):
         return hidden_BSD + shared
 
 
+@torch.no_grad()
 def test_after_the_first_pass_they_are_computed_while_rows_are_away():
     block = Block(before=False)
     for _ in range(2):
@@ -50,6 +52,13 @@ def test_after_the_first_pass_they_are_computed_while_rows_are_away():
     assert block.calls == ["rows leave", "meanwhile", "rows are back"]
 
 
+def test_activation_checkpointing_repeats_the_first_pass_as_it_was():
+    block = Block(before=False)
+    hidden_BSD = torch.randn(2, 4, 3, requires_grad=True)
+    checkpoint(block, hidden_BSD, use_reentrant=False).sum().backward()
+    assert block.calls == 2 * ["rows leave", "rows are back"]
+
+
 def test_a_block_that_computes_them_before_is_left_alone():
     block = Block(before=True)
     for _ in range(3):
@@ -57,6 +66,7 @@ def test_a_block_that_computes_them_before_is_left_alone():
     assert "meanwhile" not in block.calls
 
 
+@torch.no_grad()
 def test_an_answer_for_other_rows_is_not_used():
     block = Block(before=False)
     block(torch.randn(1, 2, 3))
