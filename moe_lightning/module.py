@@ -15,7 +15,8 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.strategies import DDPStrategy, Strategy
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.optim import Optimizer
@@ -45,6 +46,7 @@ from moe_lightning.strategies import (
     HostedModel,
     HostingOptions,
     MoEStrategy,
+    ReadsShards,
     host_on_one_device,
     hosting_key,
     register_strategies,
@@ -157,6 +159,7 @@ class MoELightningModule(L.LightningModule):
         if self.hosted is not None:
             if trainer is not None and trainer.training:
                 self.hosted.unpack()
+            self._read_shards(strategy, self.hosted)
             return
         if self.check_weights:
             check_values(self.view)
@@ -190,6 +193,7 @@ class MoELightningModule(L.LightningModule):
             self.hosted = strategy.host(self.view, options)
         else:
             self.hosted = host_on_one_device(self.view, device, options)
+            self._read_shards(strategy, self.hosted)
         self.model = self.hosted.model
         self.runner = ModelRunner(
             self.model,
@@ -201,6 +205,14 @@ class MoELightningModule(L.LightningModule):
             calls_whole_model=self.hosted.calls_whole_model,
             is_alone=self.hosted.is_alone,
         )
+
+    def _read_shards(self, strategy: Strategy | None, hosted: HostedModel) -> None:
+        if (
+            strategy is not None
+            and not isinstance(strategy, MoEStrategy)
+            and type(strategy.checkpoint_io) is TorchCheckpointIO
+        ):
+            strategy.checkpoint_io = ReadsShards(self, hosted)
 
     # Predicting.
 
@@ -388,6 +400,11 @@ class MoELightningModule(L.LightningModule):
         }
 
     # Saving.
+
+    @override
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self.lora is not None:  # what export has to know of adapters
+            checkpoint["lora"] = {"rank": self.lora.rank, "alpha": self.lora.alpha}
 
     @override
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:

@@ -29,6 +29,7 @@ TIMEOUT_S = 6
 BOUND_S = TIMEOUT_S + 30  # a diagnosis, the time a hanging thread is given, and a busy machine
 RUN_S = 120.0
 NUM_ROWS = 300
+VERBS = ("predict", "fit")
 NOT_MET = "the ranks did not meet"
 
 

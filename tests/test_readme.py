@@ -48,6 +48,9 @@ def test_command(command, tmp_path, monkeypatch, family_checkpoint):
     if words[0] == "torchrun":
         subprocess.run([sys.executable, "-m", "torch.distributed.run", *words[1:]], check=True)
         return
+    if is_over_ranks(command):
+        subprocess.run([sys.executable, *words[1:], *shortened(words[3])], check=True)
+        return
     assert words[:3] == ["python", "-m", "moe_lightning"], command
     if "--listen" in words:
         return  # with the master's command
@@ -58,14 +61,44 @@ def test_command(command, tmp_path, monkeypatch, family_checkpoint):
     if "routing_balance.json" in command:
         (recording,) = [other for other in commands() if RECORDING in other]
         assert main(shlex.split(recording)[3:]) == 0
-    if options[0] == "fit":  # the whole of it is in tests/demo
-        options += ["--trainer.max_steps", "2", "--trainer.val_check_interval", "2"]
+    options += shortened(options[0])
     if "keys" in options and options[0] == "predict":
         new_keys("keys")
         with worker_process(checkpoint) as address:
             assert main([option.replace(ADDRESS, address) for option in options]) == 0
         return
     assert main(options) == 0
+
+
+def is_over_ranks(command):
+    """Whether the command starts itself again for each rank: here, that would be pytest."""
+    return re.search(r"(fsdp|_parallel|finetune_\w+)\.yaml", command) is not None
+
+
+def shortened(verb):
+    """The whole of a fit is in tests/demo and tests/cli."""
+    return (
+        ["--trainer.max_steps", "2", "--trainer.val_check_interval", "2"] if verb == "fit" else []
+    )
+
+
+def test_fine_tuning_goes_on_with_other_ranks_and_is_exported(tmp_path, monkeypatch):
+    """The commands about checkpoints in docs/sharded.md, in their order."""
+    monkeypatch.chdir(tmp_path)
+    text = (ROOT / "docs" / "sharded.md").read_text()
+    about_checkpoints = [
+        line[2:] for line in text.splitlines() if line.startswith("$ ") and "ckpt_path" in line
+    ]
+    assert len(about_checkpoints) == 2
+    first = "python -m moe_lightning fit --config finetune_ep.yaml"
+    assert first in text
+    for steps, command in enumerate([first, *about_checkpoints], start=2):
+        words = shlex.split(command)
+        options = shortened(words[3])
+        if options:
+            options[1] = options[3] = str(steps)
+        subprocess.run([sys.executable, *words[1:], *options], check=True)
+    assert Path("exported/model.safetensors").is_file()
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from moe_lightning.cli.ranks import settle_ranks
 from moe_lightning.cli.strategy_names import offer_all_devices, spell_out_strategies
 from moe_lightning.errors import MoELightningError, UsageError
 from moe_lightning.files import write_atomically
-from moe_lightning.modeling.training_checkpoint import check_training_checkpoint
+from moe_lightning.modeling.training_checkpoint import check_training_checkpoint, find_sharded
 from moe_lightning.module import MoELightningModule
 from moe_lightning.strategies import STRATEGIES, MoEStrategy
 from moe_lightning.tasks import Generate
@@ -148,9 +148,9 @@ class MoECLI(LightningCLI):
                 f"--output_dir {directory}: no permission to write there. Choose another directory."
             )
         ckpt_path = self.config.ckpt_path
-        if ckpt_path is not None and not Path(ckpt_path).exists():
-            raise UsageError(f"--ckpt_path {ckpt_path}: no such checkpoint.")
-        if ckpt_path is not None and Path(ckpt_path).is_file():
+        if ckpt_path is not None:
+            if not Path(ckpt_path).exists() and find_sharded(Path(ckpt_path)) is None:
+                raise UsageError(f"--ckpt_path {ckpt_path}: no such checkpoint.")
             check_training_checkpoint(ckpt_path)
 
     @override

@@ -1,13 +1,16 @@
 """``export``: a training checkpoint as a Hugging Face directory."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from jsonargparse import ArgumentParser
+from torch import Tensor
 
 from moe_lightning.errors import CheckpointError, UsageError
 from moe_lightning.finetune.adapter_files import save_adapter
+from moe_lightning.finetune.lora import is_adapter
 from moe_lightning.modeling.sharded_export import export_sharded, read_adapters
 from moe_lightning.modeling.training_checkpoint import (
     check_training_checkpoint,
@@ -79,9 +82,14 @@ def export_checkpoint(
     if directory is not None:
         _export_directory(module, directory, Path(export_dir), dtype=dtype)
         return
+    content = torch.load(ckpt_path, map_location="cpu", weights_only=True, mmap=True)
+    state = content["state_dict"]
+    if "lora" in content:
+        adapters = {k.removeprefix("model."): t for k, t in state.items() if is_adapter(k)}
+        _save_adapter(module, adapters.items(), content["lora"], Path(export_dir))
+        return
     module.configure_model()
     assert module.model is not None
-    state = torch.load(ckpt_path, map_location="cpu", weights_only=True)["state_dict"]
     try:
         module.load_state_dict(state)
     except RuntimeError as error:
@@ -105,12 +113,17 @@ def _export_directory(
             f"{directory} holds a part of the parameters that are no adapters, and cannot be "
             "exported. Train without freezing, or with --model.lora."
         )
+    _save_adapter(module, read_adapters(directory), lora, export_dir)
+
+
+def _save_adapter(
+    module: MoELightningModule,
+    tensors: Iterable[tuple[str, Tensor]],
+    lora: Mapping[str, Any],
+    export_dir: Path,
+) -> None:
     save_adapter(
-        export_dir,
-        read_adapters(directory),
-        rank=lora["rank"],
-        alpha=lora["alpha"],
-        base=module.checkpoint,
+        export_dir, tensors, rank=lora["rank"], alpha=lora["alpha"], base=module.checkpoint
     )
 
 

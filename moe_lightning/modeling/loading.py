@@ -100,7 +100,7 @@ def load_model(
     filler = ModelFiller(model, path=view.path, device=device, dtype=dtype)
     filler.fill(sources, layers=layers, on_layer=on_layer, show_progress=show_progress)
     filler.finalize()
-    model.generation_config = _generation_config(view)
+    model.generation_config = generation_config(view)
     return model
 
 
@@ -146,7 +146,8 @@ def load_experts(
     return {layer.layer: layer.experts for layer in layers}
 
 
-def _generation_config(view: CheckpointView) -> GenerationConfig:
+def generation_config(view: CheckpointView) -> GenerationConfig:
+    """How the checkpoint's authors generate with it: its own file, or what its config says."""
     if (view.path / "generation_config.json").is_file():
         return GenerationConfig.from_pretrained(view.path)
     return GenerationConfig.from_model_config(view.config)

@@ -26,11 +26,19 @@ MIN_PART_TOKENS = 128
 
 
 class AbsentLayer(nn.Module):
-    """Stands where a layer of another stage would be."""
+    """Stands where a layer of another stage would be.
+
+    Attributes:
+        output_BSD: What comes out; None lets what comes in through.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.output_BSD: Tensor | None = None
 
     def forward(self, hidden_BSD: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Pass the hidden states on."""
-        return hidden_BSD
+        return hidden_BSD if self.output_BSD is None else self.output_BSD
 
 
 def stage_layers(num_layers: int, num_stages: int, stage: int) -> range:
@@ -60,15 +68,19 @@ def split_into_stages(model: PreTrainedModel, group: dist.ProcessGroup) -> None:
         base.embed_tokens = AbsentLayer()
     if stage < num_stages - 1:
         base.norm = nn.Identity()
-    base.forward = _Stage(base, group).wrap(base.forward)
+    before = base.layers[kept.start - 1] if stage > 0 else None
+    base.forward = _Stage(base, group, before).wrap(base.forward)
 
 
 class _Stage:
     """One stage's part of every forward of the base model."""
 
-    def __init__(self, base: Any, group: dist.ProcessGroup) -> None:
+    def __init__(
+        self, base: Any, group: dist.ProcessGroup, before: AbsentLayer | None
+    ) -> None:
         self.group = group
-        self.is_first = group.rank() == 0
+        # Where received rows come in: what a family does to embeddings is not for them.
+        self.before = before
         self.is_last = group.rank() == group.size() - 1
         self.hidden_size: int = base.config.get_text_config().hidden_size
         self.dtype: torch.dtype = base.dtype
@@ -88,11 +100,13 @@ class _Stage:
             sends: list[dist.Work] = []
             for start, end in pairwise(self._bounds(num_rows, width, inputs)):
                 part = {name: _rows(value, start, end, num_rows) for name, value in inputs.items()}
-                if self.is_first:
+                if self.before is None:
                     output = forward(input_ids=input_ids[start:end], **part)
                 else:
                     received = self._receive(hidden_BSD[start:end])
+                    self.before.output_BSD = received
                     output = forward(inputs_embeds=received, **part)
+                    self.before.output_BSD = None
                 cache = output.past_key_values
                 hidden_BSD[start:end] = output.last_hidden_state
                 if not self.is_last:

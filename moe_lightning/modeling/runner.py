@@ -134,7 +134,7 @@ class ModelRunner:
         """Logits of last hidden states, ``[N, V]``, right after :meth:`last_hidden_state`; only
         where :meth:`has_plain_head`."""
         head: Any = self.model.get_output_embeddings()
-        if self._calls_whole_model and not isinstance(head.weight, DTensor):
+        if self._calls_whole_model:
             # FSDP has left the weight gathered; its hooks expect no call from outside the model.
             return linear(hidden_ND, head.weight, head.bias)
         logits_NV: Tensor = head(hidden_ND)
@@ -164,15 +164,19 @@ class ModelRunner:
         if not self._calls_whole_model:
             hidden_BSD: Tensor = self._forward(self.model.base_model, batch).last_hidden_state
             return hidden_BSD
+        return self._hidden_and_logits(batch, logits_to_keep=1)[0]
+
+    def _hidden_and_logits(self, batch: PaddedBatch, **options: Any) -> tuple[Tensor, Tensor]:
+        """Last hidden states and logits of one forward through the model itself."""
         seen: list[Tensor] = []
         hook = self.model.base_model.register_forward_hook(
             lambda module, args, output: seen.append(output.last_hidden_state)
         )
         try:
-            self._forward(self.model, batch, logits_to_keep=1)
+            logits_BSV: Tensor = self._forward(self.model, batch, **options).logits
         finally:
             hook.remove()
-        return seen[0]
+        return seen[0], logits_BSV
 
     def _in_turns(self, batch: PaddedBatch, compute: Callable[[PaddedBatch], Tensor]) -> Tensor:
         num_rows, width = batch.input_ids_BS.shape
@@ -205,9 +209,18 @@ class ModelRunner:
         if self._has_plain_head is None:
             probe = self.pad([[token % self._vocab_size for token in range(1, 9)]], side="right")
             with self._log.paused():
-                plain = self.head(self.last_hidden_state(probe))
-                self._has_plain_head = torch.equal(plain, self.logits(probe))
+                # Of one forward: rows of other ranks may change another one in the last bits.
+                hidden_BSD, logits_BSV = self._hidden_and_logits(probe)
+                self._has_plain_head = self._may_call_head() and torch.equal(
+                    self.head(hidden_BSD), logits_BSV
+                )
         return self._has_plain_head
+
+    def _may_call_head(self) -> bool:
+        """Whether the head's weight is whole after a forward, if FSDP has it; with tensor
+        parallelism it is not."""
+        weight: Tensor = self.model.get_output_embeddings().weight
+        return not (self._calls_whole_model and isinstance(weight, DTensor))
 
     def takes_left_padding(self) -> bool:
         """Whether a left-padded row decodes as it does alone, found by trying it once.

@@ -28,7 +28,7 @@ from transformers.core_model_loading import (
 
 from moe_lightning.errors import CheckpointError, UsageError
 from moe_lightning.modeling.checkpoint import CheckpointView
-from moe_lightning.modeling.loading import build_on_meta
+from moe_lightning.modeling.loading import build_on_meta, generation_config
 from moe_lightning.modeling.sharded_state import OPTIMIZER, model_tensors, without_expert
 from moe_lightning.modeling.training_checkpoint import SafeReader, read_meta, read_tensors
 
@@ -82,7 +82,7 @@ def export_sharded(
             model.config.architectures = [type(model).__name__]
             tokenizer.save_pretrained(temporary)
             if model.can_generate():
-                model.generation_config.save_pretrained(temporary)
+                generation_config(view).save_pretrained(temporary)
             # Last, since it makes the directory a checkpoint.
             model.config.save_pretrained(temporary)
             for file in sorted(Path(temporary).iterdir(), key=lambda f: f.name == "config.json"):

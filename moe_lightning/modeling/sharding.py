@@ -183,7 +183,8 @@ def shard_model(model: PreTrainedModel, meshes: RankMeshes, options: ShardingOpt
         return True
     if config.efsdp_size > 1:
         for layer in layers:
-            fully_shard(layer.experts, mesh=meshes.expert_mesh)
+            # Each is a root of its own, which would stay gathered otherwise.
+            fully_shard(layer.experts, mesh=meshes.expert_mesh, reshard_after_forward=True)
     return False
 
 

@@ -1,6 +1,7 @@
 """Lightning strategies: where a model's experts are, and how its data is split."""
 
 from moe_lightning.strategies.auto_strategy import AutoStrategy
+from moe_lightning.strategies.checkpoint_io import ReadsShards
 from moe_lightning.strategies.hosting import HostedModel, HostingOptions, host_on_one_device
 from moe_lightning.strategies.moe_strategy import MoEStrategy, hosting_key
 from moe_lightning.strategies.placement_strategy import PlacementStrategy
@@ -17,6 +18,7 @@ __all__ = [
     "MoEStrategy",
     "PlacementStrategy",
     "RPCStrategy",
+    "ReadsShards",
     "ShardedStrategy",
     "host_on_one_device",
     "hosting_key",

@@ -199,17 +199,17 @@ class ShardLoader:
             ),
             layers=layers,
         )
-        exchanges = placement is not None or calls_whole_model
+        shares = any(is_sharded(p) for p in model.parameters())
         return ShardedModel(
             model,
             padding,
             list(shards.values()),
-            may_pack=not any(is_sharded(p) for p in model.parameters()),
+            may_pack=not shares,
             rows=rows,
             num_experts=num_experts,
             ranks=SharingRanks() if self.meshes is None else self.meshes.sharing_ranks(),
             placement=placement,
-            lock_step=LockStep(self.host_ranks) if exchanges else None,
+            lock_step=LockStep(self.host_ranks) if shares or placement is not None else None,
             calls_whole_model=calls_whole_model,
             is_alone=self.meshes is None,
             hosted_by=hosted_by,

@@ -1,5 +1,6 @@
 """ShardedStrategy: a model over ranks, by FSDP2, expert, tensor and pipeline parallelism."""
 
+import time
 from collections.abc import Hashable, Mapping
 from datetime import timedelta
 from functools import cached_property
@@ -21,8 +22,11 @@ from moe_lightning.strategies.hosting import HostedModel, HostingOptions
 from moe_lightning.strategies.mesh_sizes import MeshSizes, Size, resolve_sizes
 from moe_lightning.strategies.moe_strategy import MoEStrategy
 from moe_lightning.strategies.placing import PlacementOptions, PolicyName
+from moe_lightning.strategies.rank_launcher import RankLauncher
+from moe_lightning.strategies.rank_watch import RankWatch, WatchTimes
 from moe_lightning.strategies.sharded_model import ExchangeOptions, ShardLoader
 
+LOADED_POLL_S = 0.1
 WireName = Literal["bfloat16", "float16"]
 SHARDED_PRESETS: dict[str, dict[str, Size]] = {
     "moe_fsdp": {},
@@ -111,8 +115,24 @@ class ShardedStrategy(MoEStrategy, CheckpointsOfRanks):
         self.activation_checkpointing = activation_checkpointing
         self.timeout_s = timeout_s
         self._meshes: RankMeshes | None = None
+        self._num_loads = 0
+        self._watch: RankWatch | None = None
 
     # The ranks.
+
+    @override
+    def _configure_launcher(self) -> None:  # private in Lightning 2.6.6
+        assert self.cluster_environment is not None
+        self._launcher: RankLauncher = RankLauncher(
+            self.cluster_environment, self.num_processes, self.num_nodes, watch=lambda: self._watch
+        )
+
+    @override
+    def teardown(self) -> None:
+        if self._watch is not None:
+            self._watch.stop()
+            self._watch = None
+        super().teardown()
 
     @cached_property
     def sizes(self) -> MeshSizes:
@@ -152,6 +172,10 @@ class ShardedStrategy(MoEStrategy, CheckpointsOfRanks):
                 timeout = timedelta(seconds=self.timeout_s)
                 world = dist.new_group(backend="gloo", timeout=timeout)
             self.host_ranks = RankGroup(world)
+            assert world is not None, "the ranks have met"
+            self._watch = RankWatch.start(
+                world, WatchTimes(self.timeout_s), before_exit=self._launcher.kill_children
+            )
         else:
             self.host_ranks = RankGroup()
 
@@ -230,7 +254,23 @@ class ShardedStrategy(MoEStrategy, CheckpointsOfRanks):
             hosted.model.activation_checkpointing_enable()
         if not options.is_training:
             hosted.model.requires_grad_(False)
+        self._wait_until_all_have_loaded()
         return hosted
+
+    def _wait_until_all_have_loaded(self) -> None:
+        """Wait for ranks whose disks are slower, however long they take.
+
+        A collective would give up after ``timeout_s``. A rank that dies meanwhile is found by the
+        watch.
+        """
+        if self._meshes is None:
+            return
+        store = dist.distributed_c10d._get_default_store()
+        self._num_loads += 1
+        key = f"moe_lightning/loaded/{self._num_loads}"
+        store.add(key, 1)
+        while store.add(key, 0) < self.world_size:
+            time.sleep(LOADED_POLL_S)
 
     def _place(self, num_experts: Mapping[int, int], num_slots: int) -> ExpertPlacement:
         options = self.placing

@@ -139,3 +139,15 @@ def test_export_refuses_another_model_and_a_full_directory(family_checkpoint, tm
         export_checkpoint(str(checkpoint), str(tmp_path / "x.ckpt"), out)
     with pytest.raises(UsageError, match="no such file"):
         export_checkpoint(str(checkpoint), str(tmp_path / "y.ckpt"), out)
+
+
+def test_how_to_generate_is_kept(tmp_path, family_checkpoint):
+    source = shutil.copytree(family_checkpoint("qwen3_moe"), tmp_path / "source")
+    settings = {"repetition_penalty": 1.2, "eos_token_id": 3}
+    (source / "generation_config.json").write_text(json.dumps(settings))
+    module = MoELightningModule(str(source))
+    module.configure_model()
+    save_sharded(tmp_path / "x.ckpt", module.model, rows=module.hosted.rows, rest={})
+    export_checkpoint(str(source), str(tmp_path / "x.ckpt"), str(tmp_path / "out"))
+    written = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert settings.items() <= written.items()

@@ -1,8 +1,25 @@
 """Predict over ranks gives the rows of one process, whatever the rows and the layout."""
 
+import json
+import math
+import re
+
 import pytest
-from predict_runs import check_rows, predict, predict_layouts, together
+from predict_runs import (
+    check_row,
+    check_rows,
+    predict,
+    predict_file,
+    predict_files,
+    predict_layouts,
+    ragged_rows,
+    read_lines,
+    together,
+)
 from ranks import run_on_ranks
+
+from moe_lightning import Score
+from moe_lightning.modeling.lock_step import LockStep
 
 # Three MoE layers and 8 experts: a rank that left out one exchange would break the next ones.
 TWO_RANKS = {
@@ -76,5 +93,203 @@ def test_three_ranks(name, family_checkpoint, one_process) -> None:
 @pytest.mark.parametrize("name", FOUR_RANKS)
 def test_four_ranks(name, family_checkpoint, one_process) -> None:
     layouts = {name: FOUR_RANKS[name]}
-    counts = [0, 1, 3, 4, 5, 9]
+    counts = range(10) if name == "fsdp 2, ep 2, dense shared" else [1, 5, 9]
     check_layouts(4, layouts, family_checkpoint("qwen3_moe"), counts, one_process)
+
+
+def test_replicas_and_idle_ranks_by_a_placement(
+    family_checkpoint, one_process, tmp_path
+) -> None:
+    file = tmp_path / "placement.json"
+    content = {
+        "format": "moe_lightning expert placement",
+        "version": 1,
+        "num_slots": 4,
+        # Slot 3 has nothing of layer 0 and slot 1 nothing of layer 2; some experts are on several.
+        "layers": {
+            0: [0, 1, 2, [0, 1, 2], 0, [1, 2], 0, 0],
+            1: [3, 3, [0, 1, 2, 3], 1, 2, 0, 1, 2],
+            2: [0, 2, 3, [0, 2, 3], 2, 2, 2, [0, 3]],
+        },
+    }
+    file.write_text(json.dumps(content))
+    loads = tmp_path / "loads.json"
+    loads.write_text(json.dumps({"loads": {n: [40, 0, 7, 7, 90, 1, 0, 13] for n in range(3)}}))
+    layouts = {
+        "file": {"ep_size": 4, "policy": "file", "file": str(file)},
+        "balanced": {"ep_size": 4, "policy": "balanced", "loads": str(loads), "replicas": 3},
+    }
+    check_layouts(4, layouts, family_checkpoint("qwen3_moe"), [3, 9], one_process)
+
+
+def test_families(family, family_checkpoint, one_process) -> None:
+    path = family_checkpoint(family)
+    names = ["fsdp", "ep", "pp", "tp"]
+    if family == "gpt_oss":  # transformers has no tensor-parallel plan for its experts
+        names.remove("tp")
+        (said, _) = run_on_ranks(2, refusals, path, [TWO_RANKS["tp"]])
+        assert "CheckpointError" in said[0] and "GptOss" in said[0] and "moe_ep" in said[0]
+    check_layouts(2, {name: TWO_RANKS[name] for name in names}, path, [3], one_process)
+
+
+def refusals(path, layouts):
+    """What each layout is refused with."""
+    said = []
+    for layout in layouts:
+        try:
+            predict(path, layout, [3])
+            said.append(None)
+        except Exception as error:
+            said.append(repr(error))
+    return said
+
+
+# Without what keeps ranks in step, the layouts above must not work: the tests would see it.
+
+
+def predict_out_of_step(path, layout):
+    """What happens to a rank where nobody waits for those that have more rows."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LockStep, "begin_forward", lambda self: None)
+        patch.setattr(LockStep, "idle_until_all_are_done", lambda self, idle_forward: None)
+        try:
+            predict(path, {**layout, "timeout_s": 2}, [3], batch_size=1)
+        except Exception as error:  # a rank waits in vain, or the other one's messages are wrong
+            return type(error).__name__
+    return None
+
+
+@pytest.mark.parametrize("name", ["fsdp", "ep", "experts shared only"])
+def test_a_missing_rank_would_be_seen(name, family_checkpoint) -> None:
+    seen = run_on_ranks(2, predict_out_of_step, family_checkpoint("qwen3_moe"), TWO_RANKS[name])
+    assert any(seen), "ranks with unequal rows were not in need of each other"
+
+
+# Ways of computing.
+
+
+@pytest.mark.parametrize(
+    ("options", "tolerance"),
+    [
+        ({"experts_backend": "cpu_half"}, 2e-3),  # experts rounded to 11 bits, on each side alike
+        ({"experts_backend": "cpu_int8"}, 5e-2),  # rounded to 8 bits; sums in another order
+        ({"dtype": "bfloat16"}, 5e-2),  # 8 bits in every sum, in another order
+    ],
+    ids=["half", "int8", "bfloat16"],
+)
+def test_backends_and_precision(options, tolerance, family_checkpoint) -> None:
+    path = family_checkpoint("qwen3_moe")
+    options |= {"task": Score()}
+    (expected,) = predict(path, None, [5], **options)
+    names = ["ep", "pp", "a copy each"]
+    if "dtype" in options:
+        names += ["fsdp", "tp"]
+    layouts = [TWO_RANKS[name] for name in names]
+    results = run_on_ranks(2, predict_layouts, path, layouts, [5], options)
+    for number, name in enumerate(names):
+        rows = together([r[number][0] for r in results], copies=copies(layouts[number], 2))
+        check_rows(rows, expected, what=name, tolerance=tolerance)
+
+
+def test_wire_precision_and_overlap(family_checkpoint, one_process) -> None:
+    path = family_checkpoint("qwen3_moe")
+    expected = one_process(path, 5)
+    overlap = {"ep_size": 2, "overlap_chunks": 3}
+    wire = {"ep_size": 2, "wire_dtype": "bfloat16"}
+    results = run_on_ranks(2, predict_layouts, path, [overlap, wire], [5])
+    check_rows(together([r[0][0] for r in results]), expected, what="overlap")
+    rounded = together([r[1][0] for r in results])
+    score = [row["logprob"] for row in expected.values()]
+    got = [rounded[name]["logprob"] for name in expected]
+    assert got == pytest.approx(score, rel=2e-2)  # 8 bits of each row that travelled
+    assert got != pytest.approx(score, rel=1e-7), "nothing was rounded"
+
+
+# What a run writes.
+
+FILE_ROWS = [
+    *ragged_rows(11),
+    {"id": "bad", "prompt": 5},
+    "no JSON",
+    {"id": "last", "prompt": "to be or not to be"},
+]
+NO_ROWS = []
+
+
+@pytest.fixture(scope="module")
+def file_of(tmp_path_factory):
+    """A file of rows, and what one process writes for it."""
+    kept = {}
+
+    def file_of(name, rows, path):
+        if name not in kept:
+            directory = tmp_path_factory.mktemp(name)
+            input = directory / "in.jsonl"
+            lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+            input.write_text("".join(f"{line}\n" for line in lines))
+            predict_file(path, None, directory / "one", input)
+            kept[name] = input, directory / "one"
+        return kept[name]
+
+    return file_of
+
+
+LAYOUTS_OF_FILES = {name: TWO_RANKS[name] for name in ("fsdp", "ep", "tp", "pp")}
+
+
+def check_files(world, layouts, path, file_of, name, rows, tmp_path):
+    input, one = file_of(name, rows, path)
+    errors = run_on_ranks(world, predict_files, path, list(layouts.values()), tmp_path, input)
+    num_errors = len(read_lines(one / "errors.jsonl"))
+    assert errors == [[num_errors] * len(layouts)] * world
+    expected = read_lines(one / "predictions.jsonl")
+    for number, (layout_name, layout) in enumerate(layouts.items()):
+        directory = tmp_path / str(number)
+        assert not (directory / "parts").exists()
+        got = read_lines(directory / "predictions.jsonl")
+        assert [row["id"] for row in got] == [row["id"] for row in expected]
+        for row, other in zip(got, expected, strict=True):
+            check_row(row, other, what=layout_name)
+        assert read_lines(directory / "errors.jsonl") == read_lines(one / "errors.jsonl")
+        check_run(directory, one, world)
+        check_loads(directory, one)
+
+
+def check_run(directory, one, world):
+    run, other = (json.loads((d / "run.json").read_text()) for d in (directory, one))
+    counts = [name for name in other if name.startswith("num_")]
+    assert counts and {name: run[name] for name in counts} == {n: other[n] for n in counts}
+    assert run["exit_reason"] == "finished"
+    assert run["strategy"] == "ShardedStrategy"
+    assert run["world_size"] == world
+    assert math.prod(map(int, re.findall(r"(?:pp|replicate|fsdp|tp) (\d+)", run["mesh"]))) == world
+
+
+def check_loads(directory, one):
+    loads, others = (
+        json.loads((d / "routing_balance.json").read_text())["loads"] for d in (directory, one)
+    )
+    assert loads == others
+
+
+def test_files_of_two_ranks(family_checkpoint, file_of, tmp_path) -> None:
+    path = family_checkpoint("qwen3_moe")
+    check_files(2, LAYOUTS_OF_FILES, path, file_of, "rows", FILE_ROWS, tmp_path)
+
+
+def test_files_of_four_ranks(family_checkpoint, file_of, tmp_path) -> None:
+    names = ("hsdp, ep", "tp, ep", "tp, pp")
+    layouts = {name: FOUR_RANKS[name] for name in names}
+    path = family_checkpoint("qwen3_moe")
+    check_files(4, layouts, path, file_of, "rows", FILE_ROWS, tmp_path)
+
+
+def test_a_file_without_rows(family_checkpoint, file_of, tmp_path) -> None:
+    path = family_checkpoint("qwen3_moe")
+    check_files(2, LAYOUTS_OF_FILES, path, file_of, "none", NO_ROWS, tmp_path)
+
+
+def test_dense_layers_come_first_on_a_stage(family_checkpoint, file_of, tmp_path) -> None:
+    # DeepSeek's first layer is dense: of three stages, the first has no MoE layer at all.
+    path = family_checkpoint("deepseek_v3")
+    check_files(3, {"pp": {"pp_size": 3}}, path, file_of, "dense", ragged_rows(3), tmp_path)
