@@ -12,18 +12,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.strategies import DDPStrategy, Strategy
-from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from torch import Tensor
-from torch.optim import Optimizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from typing_extensions import override
 
-from moe_lightning.collectives import RankGroup, SharingRanks
 from moe_lightning.data.batches import as_row_batch
 from moe_lightning.data.encode import Encoder
 from moe_lightning.data.rank_batches import NumberedBatch
@@ -32,9 +27,8 @@ from moe_lightning.dispatch import RoutingLog
 from moe_lightning.errors import CheckpointError, UsageError
 from moe_lightning.experts.names import BackendName
 from moe_lightning.finetune.adaptation import Adaptation
-from moe_lightning.finetune.fine_tuning import FineTuning, RouterBalance
+from moe_lightning.finetune.fine_tuning import RouterBalance
 from moe_lightning.finetune.lora import LoRA
-from moe_lightning.finetune.losses import language_model_losses
 from moe_lightning.finetune.trainable import Trainable
 from moe_lightning.modeling.checkpoint import CheckpointView, open_checkpoint
 from moe_lightning.modeling.export import export_model
@@ -47,6 +41,7 @@ from moe_lightning.strategies import (
     HostingOptions,
     MoEStrategy,
     ReadsShards,
+    ShardedStrategy,
     host_on_one_device,
     hosting_key,
     register_strategies,
@@ -54,11 +49,12 @@ from moe_lightning.strategies import (
 from moe_lightning.tally import Tally
 from moe_lightning.tasks import Generate, Task
 from moe_lightning.tasks.isolation import Predictions, run_isolated
+from moe_lightning.training import TrainingHooks
 
 register_strategies()
 
 
-class MoELightningModule(L.LightningModule):
+class MoELightningModule(TrainingHooks):
     """A mixture-of-experts checkpoint that predicts, and trains.
 
     Args:
@@ -148,7 +144,11 @@ class MoELightningModule(L.LightningModule):
         """Load the model once; later calls do nothing."""
         trainer = self._trainer
         strategy = trainer.strategy if trainer is not None else None
-        if self.hosted is not None and self.hosted.hosted_by != hosting_key(strategy):
+        is_training = trainer is not None and bool(trainer.training)
+        if self.hosted is not None and (
+            self.hosted.hosted_by != hosting_key(strategy)
+            or (is_training and not self.hosted.may_train)
+        ):
             if self.hosted.has_own_weights:
                 raise UsageError(
                     "this module's weights are no longer the checkpoint's, and another strategy "
@@ -164,7 +164,6 @@ class MoELightningModule(L.LightningModule):
         if self.check_weights:
             check_values(self.view)
         device = strategy.root_device if strategy is not None else self.device
-        is_training = trainer is not None and bool(trainer.training)
         if trainer is not None:
             # DDP sends weights around before the run, as they are; they are packed after that.
             packs = bool(trainer.predicting) and not isinstance(strategy, DDPStrategy)
@@ -194,6 +193,8 @@ class MoELightningModule(L.LightningModule):
         else:
             self.hosted = host_on_one_device(self.view, device, options)
             self._read_shards(strategy, self.hosted)
+        is_sharded = isinstance(strategy, ShardedStrategy)
+        self.hosted.may_train = may_train or (not is_sharded and self.trainable == Trainable())
         self.model = self.hosted.model
         self.runner = ModelRunner(
             self.model,
@@ -204,6 +205,7 @@ class MoELightningModule(L.LightningModule):
             lock_step=self.hosted.lock_step,
             calls_whole_model=self.hosted.calls_whole_model,
             is_alone=self.hosted.is_alone,
+            device=self.hosted.device,
         )
 
     def _read_shards(self, strategy: Strategy | None, hosted: HostedModel) -> None:
@@ -287,117 +289,6 @@ class MoELightningModule(L.LightningModule):
         self.hosted.pack()
         self.tally.reset()
         self._next_row = 0
-
-    # Training.
-
-    @override
-    def on_fit_start(self) -> None:
-        assert self.model is not None, "configure_model has not run"
-        assert self.hosted is not None, "it comes with the model"
-        self.hosted.has_own_weights = True
-        self.model.train()  # checkpoints load in eval mode, and Lightning leaves modes alone
-
-    @cached_property
-    def fine_tuning(self) -> FineTuning:
-        """The steps of a fit of the hosted model."""
-        assert self.hosted is not None, "configure_model has not run"
-        hosted = self.hosted
-        return FineTuning(
-            hosted.model,
-            self.router_balance,
-            ranks=self._ranks(),
-            rows=hosted.rows,
-            num_holders=hosted.num_holders(),
-            chosen=None if self._adaptation is None else self._adaptation.chosen,
-        )
-
-    def _ranks(self) -> SharingRanks:
-        """The ranks that have different rows; those of Lightning's ddp have whole models."""
-        assert self.hosted is not None, "configure_model has not run"
-        trainer = self._trainer
-        if (
-            trainer is not None
-            and trainer.world_size > 1
-            and isinstance(trainer.strategy, DDPStrategy)
-        ):
-            return SharingRanks(data=RankGroup(torch.distributed.group.WORLD))
-        return self.hosted.ranks
-
-    @override
-    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        """Next-token loss, plus what keeps the routers balanced.
-
-        Args:
-            batch: ``input_ids``, ``labels`` (-100: no loss), ``position_ids`` and optionally
-                ``attention_mask``, each ``[B, S]``.
-            batch_idx: Number of the batch.
-
-        Returns:
-            The loss, of which the mean over the data ranks is that of all their rows.
-        """
-        losses = self.fine_tuning.losses(batch)
-        self.log("train_loss", losses.next_token, prog_bar=True)
-        if losses.aux is not None:
-            self.log("train_aux_loss", losses.aux)
-        if losses.z is not None:
-            self.log("train_z_loss", losses.z)
-        return losses.share
-
-    @override
-    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        imbalance = self.fine_tuning.finish_gradients()
-        if imbalance is not None:
-            self.log("train_imbalance", imbalance)
-
-    @override
-    def configure_gradient_clipping(
-        self,
-        optimizer: Optimizer,
-        gradient_clip_val: float | None = None,
-        gradient_clip_algorithm: str | None = None,
-    ) -> None:
-        if gradient_clip_val is None:
-            return
-        norm = self.fine_tuning.clip(gradient_clip_val, gradient_clip_algorithm or "norm")
-        if norm is not None:
-            self.log("grad_norm", norm)
-
-    @override
-    def validation_step(
-        self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        """Next-token loss of held-out text, weighted by tokens.
-
-        Args:
-            batch: As for training.
-            batch_idx: Number of the batch.
-            dataloader_idx: Number of the dataloader.
-        """
-        # A batch without targets (padding of a rank with less data) weighs nothing, but every rank
-        # takes part in the forward and in the sum.
-        assert self.model is not None, "configure_model has not run"
-        losses = language_model_losses(self.model, batch, ranks=self._ranks().data)
-        num_targets = int(losses.num_targets)
-        self.log("val_loss", losses.next_token, prog_bar=True, batch_size=num_targets)
-
-    @override
-    def configure_optimizers(self) -> OptimizerLRScheduler:
-        """The optimizer and schedule over the parameters that train."""
-        try:
-            optimizer = self.optimizer_factory(self.fine_tuning.parameter_groups())
-        except (ValueError, TypeError) as error:
-            raise UsageError(f"--model.optimizer: {error}.") from error
-        self.fine_tuning.watch(optimizer)
-        if self.lr_scheduler_factory is None:
-            return optimizer
-        try:
-            scheduler = self.lr_scheduler_factory(optimizer)
-        except (ValueError, TypeError) as error:
-            raise UsageError(f"--model.lr_scheduler: {error}.") from error
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
-        }
 
     # Saving.
 

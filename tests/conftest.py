@@ -26,6 +26,30 @@ from moe_lightning.demo.random_checkpoint import make_checkpoint
 from moe_lightning.modeling.runner import ModelRunner
 from moe_lightning.tasks import Task
 
+# Tests that watch the clock or start the program itself; scripts/test.sh runs the others two at a
+# time.
+ALONE = (
+    "cli",
+    "demo",
+    "dispatch/test_interleave",
+    "dispatch/test_slots",
+    "experts/test_packed_memory",
+    "scripts",
+    "strategies/test_rank_watch",
+    "strategies/test_rpc",
+    "test_readme",
+    "transport",
+    "workers",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    root = Path(__file__).parent
+    for item in items:
+        if item.path.relative_to(root).as_posix().startswith(ALONE):
+            item.add_marker("alone")
+
+
 TINY = {
     "hidden_size": 32,
     "num_layers": 3,  # the DeepSeek families begin with a dense layer

@@ -57,6 +57,7 @@ class ModelRunner:
         calls_whole_model: Whether forwards must go through the model itself and never through its
             parts, because FSDP gathers parameters from there.
         is_alone: Whether no other rank takes part in this one's forwards.
+        device: Where inputs go. None is where the model's head is.
 
     Attributes:
         is_alone: As above; a forward that fails may be tried again then.
@@ -73,6 +74,7 @@ class ModelRunner:
         lock_step: LockStep | None = None,
         calls_whole_model: bool = False,
         is_alone: bool = True,
+        device: torch.device | None = None,
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
@@ -82,13 +84,16 @@ class ModelRunner:
         self._lock_step = lock_step
         self._calls_whole_model = calls_whole_model
         self.is_alone = is_alone
+        self._device = device
         self._has_plain_head: bool | None = None
         self._takes_left_padding: bool | None = None
 
     @property
     def device(self) -> torch.device:
         """Where inputs go."""
-        weight: Tensor = self.model.get_output_embeddings().weight  # on every pipeline stage
+        if self._device is not None:
+            return self._device
+        weight: Tensor = self.model.get_output_embeddings().weight
         return weight.device
 
     @property

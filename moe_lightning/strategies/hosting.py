@@ -97,6 +97,8 @@ class HostedModel:
         lock_step: Keeps the forwards of several ranks in step; None if this rank needs no other.
         calls_whole_model: Whether forwards must go through the model itself.
         is_alone: Whether no other rank takes part in this one's forwards.
+        device: Where inputs go; None is where the model's head is.
+        may_train: Whether it was loaded so that it can be trained.
         ranks: The ranks that share the model.
         rows: Which experts the rows of this rank's parameters are, by name in the model.
         num_experts: Logical experts of every MoE layer, those on other ranks included.
@@ -123,6 +125,8 @@ class HostedModel:
         self.lock_step: LockStep | None = None
         self.calls_whole_model = False
         self.is_alone = True
+        self.device: torch.device | None = None
+        self.may_train = True
         self.ranks = SharingRanks()
         self.rows: Mapping[str, ExpertRows] = {}
         self.num_experts: Mapping[int, int] = {}

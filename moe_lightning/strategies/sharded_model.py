@@ -55,6 +55,7 @@ class ShardedModel(HostedModel):
         lock_step: Keeps the forwards of the ranks in step; None if no other rank is needed.
         calls_whole_model: Whether forwards must go through the model itself.
         is_alone: Whether no other rank takes part in this one's forwards.
+        device: Where this rank computes.
         hosted_by: What tells the strategy and options that hosted it from others.
     """
 
@@ -72,6 +73,7 @@ class ShardedModel(HostedModel):
         lock_step: LockStep | None,
         calls_whole_model: bool,
         is_alone: bool,
+        device: torch.device,
         hosted_by: Hashable,
     ) -> None:
         super().__init__(
@@ -84,6 +86,7 @@ class ShardedModel(HostedModel):
         self.lock_step = lock_step
         self.calls_whole_model = calls_whole_model
         self.is_alone = is_alone
+        self.device = device
 
     @override
     def pack(self) -> None:
@@ -212,6 +215,7 @@ class ShardLoader:
             lock_step=LockStep(self.host_ranks) if shares or placement is not None else None,
             calls_whole_model=calls_whole_model,
             is_alone=self.meshes is None,
+            device=self.device,
             hosted_by=hosted_by,
         )
 

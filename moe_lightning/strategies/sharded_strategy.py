@@ -236,12 +236,17 @@ class ShardedStrategy(MoEStrategy, CheckpointsOfRanks):
                 "dense is replicated, which is for inference: nobody would average the gradients "
                 "of the dense layers. Leave it out for fit."
             )
-        is_ep_inference = sizes.ep > 1 and not options.is_training
+        if self.cpu_offload and self.dense == "replicated":
+            raise UsageError(
+                "cpu_offload is for weights that ranks share, but dense is replicated. Leave one "
+                "of them out."
+            )
+        holds_dense = sizes.ep > 1 and not options.is_training and not self.cpu_offload
         loader = ShardLoader(
             self._meshes,
             sharding=ShardingOptions(
                 shards_dense=self.dense == "sharded"
-                or (self.dense == "auto" and not is_ep_inference),
+                or (self.dense == "auto" and not holds_dense),
                 cpu_offload=self.cpu_offload,
                 mixed_precision=self.precision_plugin.precision == "bf16-mixed",
             ),
