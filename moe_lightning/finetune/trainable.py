@@ -23,9 +23,10 @@ class Trainable:
 
     Args:
         freeze_router: Whether the routers stay as they are.
-        train_experts: The experts that train, as LAYER:EXPERTS, for example ["3:0-7", "5:1,4",
-            "7:*"]; layers may be a range or * as well. The default is all experts. With a choice,
-            the dense layers and routers stay as they are unless train_dense is true.
+        train_experts: The experts that train, as LAYER:EXPERTS in quotes (YAML takes 5:1 for a
+            time), for example ["3:0-7", "5:1,4", "7:*"]; layers may be a range or * as well. The
+            default is all experts. With a choice, the dense layers and routers stay as they are
+            unless train_dense is true.
         train_dense: Whether all that is not an expert trains as well; only means something together
             with train_experts, or false with it left out to train nothing but experts.
     """
