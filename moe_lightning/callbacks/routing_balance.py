@@ -10,7 +10,6 @@ from typing_extensions import override
 
 from moe_lightning.dispatch import LayerTrace, RoutingLog
 from moe_lightning.errors import UsageError
-from moe_lightning.modeling.seam import dispatcher_of, find_moe_layers
 from moe_lightning.placement import save_loads
 
 
@@ -40,10 +39,10 @@ class RoutingBalance(Callback):
                 f"{type(pl_module).__name__} is none. Leave the callback out."
             )
         self.counts = {}
-        for layer in find_moe_layers(module.model):
-            num_experts = dispatcher_of(layer).num_experts
-            self.counts[layer.layer] = torch.zeros(
-                num_experts, dtype=torch.int64, device=trainer.strategy.root_device
+        # Every layer on every rank, for they are added up; a pipeline stage has some of them.
+        for layer, holders in module.hosted.num_holders().items():
+            self.counts[layer] = torch.zeros(
+                len(holders), dtype=torch.int64, device=trainer.strategy.root_device
             )
         self._log = module.routing_log
         module.routing_log.subscribe(self._count)

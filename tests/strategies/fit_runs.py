@@ -79,6 +79,7 @@ class FitReport:
         norms: Of the gradient of every step.
         logged: Everything that was logged, as it was after the last batch.
         dtypes: Of the parameters.
+        is_checkpointed: Whether layers compute their activations again in the backward pass.
         weights: Whole dense weights by name, and rows of experts by (name, expert).
     """
 
@@ -86,6 +87,7 @@ class FitReport:
     norms: list
     logged: dict
     dtypes: set
+    is_checkpointed: bool
     weights: dict
 
 
@@ -131,6 +133,7 @@ def fit(path, run):
         seen.norms,
         seen.last,
         {str(parameter.dtype) for parameter in module.parameters()},
+        module.model.is_gradient_checkpointing,
         weights_of(module) if run.keeps_weights else {},
     )
 

@@ -109,6 +109,35 @@ def test_steps_over_ranks_are_those_of_one_process(family_checkpoint, one_proces
                 assert_same(report, expected, f"{way} {layout}")
 
 
+MORE_LAYOUTS = {
+    "hsdp, ep 2": {"dp_replicate_size": 2, "ep_size": 2},
+    "copies": {"dp_replicate_size": 4},
+    "tp 2": {"tp_size": 2},
+    "tp 2, ep 2": {"tp_size": 2, "ep_size": 2},
+    "tp 2, ep 4": {"tp_size": 2, "ep_size": 4},
+    "ep 4, checkpointed": {"ep_size": 4, "activation_checkpointing": True, "overlap_chunks": 2},
+    "4x1": {},  # each expert's rows are cut along the experts: 2, 2, 2 and none of 6
+}
+
+
+def test_more_layouts_of_a_model_whose_head_is_its_embedding(family_checkpoint, one_process):
+    path = family_checkpoint("qwen3_moe", num_experts=6, tie=True)
+    chosen = {"trainable": Trainable(train_experts=["1:1,5", "2:*"], train_dense=True)}
+    ways = {"full": {}, "chosen experts": chosen}
+    runs = {
+        (way, layout): Fit(strategy, module=module, num_steps=3)
+        for way, module in ways.items()
+        for layout, strategy in MORE_LAYOUTS.items()
+        if way == "full" or layout in ("4x1", "tp 2, ep 2")
+    }
+    for reports in run_on_ranks(4, fit_each, path, runs):
+        for (way, layout), report in reports.items():
+            expected = one_process(path, Fit(module=ways[way], num_steps=3))
+            assert_same(report, expected, f"{way} {layout}")
+    (report,) = run_on_ranks(1, fit_each, path, {"alone": Fit({}, num_steps=3)})
+    assert_same(report["alone"], one_process(path, Fit(num_steps=3)), "alone", tolerance=0)
+
+
 def one_cycle(optimizer):
     """Warm-up over two steps, then down along a cosine."""
     return torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=6, pct_start=0.34)
@@ -201,6 +230,7 @@ def test_options_over_ranks_do_as_on_one_process(family_checkpoint, one_process)
         for (way, layout), report in reports.items():
             expected = one_process(path, options[way])
             assert_same(report, expected, f"{way} {layout}")
+            assert report.is_checkpointed == (way == "checkpointed")
             assert report.logged.keys() == expected.logged.keys()
             for name, value in expected.logged.items():
                 assert report.logged[name] == pytest.approx(value, abs=1e-5), (way, layout, name)

@@ -179,7 +179,7 @@ def test_a_missing_rank_would_be_seen(name, family_checkpoint) -> None:
 )
 def test_backends_and_precision(options, tolerance, family_checkpoint) -> None:
     path = family_checkpoint("qwen3_moe")
-    options |= {"task": Score()}
+    options = {**options, "task": Score()}
     (expected,) = predict(path, None, [5], **options)
     names = ["ep", "pp", "a copy each"]
     if "dtype" in options:
@@ -266,9 +266,9 @@ def check_run(directory, one, world):
 
 
 def check_loads(directory, one):
-    loads, others = (
-        json.loads((d / "routing_balance.json").read_text())["loads"] for d in (directory, one)
-    )
+    # Neither is written where there were no rows.
+    files = [d / "routing_balance.json" for d in (directory, one)]
+    loads, others = (json.loads(f.read_text())["loads"] if f.exists() else {} for f in files)
     assert loads == others
 
 
