@@ -68,6 +68,32 @@ class PlacementOptions:
         if self.replicas < 0:
             raise UsageError(f"trainer.strategy.replicas={self.replicas} must not be negative.")
 
+    def place(self, num_experts: Mapping[int, int], num_slots: int) -> ExpertPlacement:
+        """Place experts on slots of equal room.
+
+        Args:
+            num_experts: Experts of each MoE layer.
+            num_slots: Number of slots.
+
+        Returns:
+            The placement.
+
+        Raises:
+            UsageError: If a file cannot be read, or is for another model or more slots.
+        """
+        if self.policy == "file":
+            assert self.file is not None, "checked when the options were"
+            placement = ExpertPlacement.load(self.file)
+            placement.check(num_experts, num_slots, name=self.file)
+            return placement
+        return make_placement(
+            self.policy,
+            num_experts,
+            num_slots,
+            loads=None if self.loads is None else load_loads(self.loads),
+            num_replicas=self.replicas,
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class SlotRoom:

@@ -1,7 +1,7 @@
 """ShardedStrategy: a model over ranks, by FSDP2, expert, tensor and pipeline parallelism."""
 
 import time
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable
 from datetime import timedelta
 from functools import cached_property
 from typing import Any, ClassVar, Literal
@@ -16,7 +16,6 @@ from moe_lightning.data.rank_batches import batches_of_rank
 from moe_lightning.errors import UsageError
 from moe_lightning.modeling.checkpoint import CheckpointView
 from moe_lightning.modeling.sharding import RankMeshes, ShardingOptions
-from moe_lightning.placement import ExpertPlacement, load_loads, make_placement
 from moe_lightning.strategies.checkpointing import CheckpointsOfRanks
 from moe_lightning.strategies.hosting import HostedModel, HostingOptions
 from moe_lightning.strategies.mesh_sizes import MeshSizes, Size, resolve_sizes
@@ -26,7 +25,7 @@ from moe_lightning.strategies.rank_launcher import RankLauncher
 from moe_lightning.strategies.rank_watch import RankWatch, WatchTimes
 from moe_lightning.strategies.sharded_model import ExchangeOptions, ShardLoader
 
-LOADED_POLL_S = 0.1
+LOADED, LOADED_POLL_S = "moe_lightning/loaded", 0.1
 WireName = Literal["bfloat16", "float16"]
 SHARDED_PRESETS: dict[str, dict[str, Size]] = {
     "moe_fsdp": {},
@@ -115,7 +114,6 @@ class ShardedStrategy(MoEStrategy, CheckpointsOfRanks):
         self.activation_checkpointing = activation_checkpointing
         self.timeout_s = timeout_s
         self._meshes: RankMeshes | None = None
-        self._num_loads = 0
         self._watch: RankWatch | None = None
 
     # The ranks.
@@ -245,8 +243,7 @@ class ShardedStrategy(MoEStrategy, CheckpointsOfRanks):
         loader = ShardLoader(
             self._meshes,
             sharding=ShardingOptions(
-                shards_dense=self.dense == "sharded"
-                or (self.dense == "auto" and not holds_dense),
+                shards_dense=self.dense == "sharded" or (self.dense == "auto" and not holds_dense),
                 cpu_offload=self.cpu_offload,
                 mixed_precision=self.precision_plugin.precision == "bf16-mixed",
             ),
@@ -254,7 +251,7 @@ class ShardedStrategy(MoEStrategy, CheckpointsOfRanks):
             device=self.root_device,
             host_ranks=self.host_ranks,
         )
-        hosted = loader.load(view, options, place=self._place, hosted_by=self.hosting_key)
+        hosted = loader.load(view, options, place=self.placing.place, hosted_by=self.hosting_key)
         if options.is_training and self.activation_checkpointing:
             hosted.model.activation_checkpointing_enable()
         if not options.is_training:
@@ -271,26 +268,11 @@ class ShardedStrategy(MoEStrategy, CheckpointsOfRanks):
         if self._meshes is None:
             return
         store = dist.distributed_c10d._get_default_store()
-        self._num_loads += 1
-        key = f"moe_lightning/loaded/{self._num_loads}"
-        store.add(key, 1)
-        while store.add(key, 0) < self.world_size:
+        # Loads of all ranks, over all that this process group has seen.
+        num_loads = store.add(LOADED, 1)
+        wanted = -(-num_loads // self.world_size) * self.world_size
+        while store.add(LOADED, 0) < wanted:
             time.sleep(LOADED_POLL_S)
-
-    def _place(self, num_experts: Mapping[int, int], num_slots: int) -> ExpertPlacement:
-        options = self.placing
-        if options.policy == "file":
-            assert options.file is not None, "checked when the options were"
-            placement = ExpertPlacement.load(options.file)
-            placement.check(num_experts, num_slots, name=options.file)
-            return placement
-        return make_placement(
-            options.policy,
-            num_experts,
-            num_slots,
-            loads=None if options.loads is None else load_loads(options.loads),
-            num_replicas=options.replicas,
-        )
 
     @override
     def setup(self, trainer: L.Trainer) -> None:
