@@ -15,7 +15,7 @@ def parameter_groups(
     The two may be sharded on different meshes, and an optimizer that works on many tensors at once
     (``foreach``) wants one mesh for a group. The groups follow from names alone, so checkpoints of
     optimizers and schedules fit any number of ranks. Where a group still mixes meshes (tensor
-    parallelism), its optimizer works on one tensor at a time.
+    parallelism), its optimizer works on one tensor at a time, whatever it was told (``fused``).
 
     Args:
         parameters: Names and parameters, in the order of the model.
@@ -35,4 +35,6 @@ def parameter_groups(
 def _group(members: list[Tensor]) -> dict[str, Any]:
     kinds = {(p.device_mesh, p.placements) if isinstance(p, DTensor) else None for p in members}
     meshes = {kind if kind is None else kind[0] for kind in kinds}
-    return {"params": members} if len(meshes) == 1 else {"params": members, "foreach": False}
+    if len(meshes) == 1:
+        return {"params": members}
+    return {"params": members, "foreach": False, "fused": False}

@@ -220,8 +220,9 @@ def test_options_over_ranks_do_as_on_one_process(family_checkpoint, one_process)
     runs["checkpointed", "1x2"] = Fit({"ep_size": 2, "activation_checkpointing": True})
     options["checkpointed"] = Fit()
     # Ranks that compute the same rows.
+    fused = {"optimizer": partial(torch.optim.AdamW, lr=1e-3, fused=True)}
     runs["tensor parallel", "tp 2"] = Fit({"tp_size": 2})
-    runs["tensor parallel", "tp 2, ep 2"] = Fit({"tp_size": 2, "ep_size": 2})
+    runs["tensor parallel", "tp 2, ep 2, fused"] = Fit({"tp_size": 2, "ep_size": 2}, module=fused)
     options["tensor parallel"] = Fit()
     # Lightning's own strategy.
     runs["ddp", ""] = Fit("ddp")
