@@ -93,6 +93,7 @@ def _serve(pipe, path):
     sys.path[:] = path
     import torch
     import torch.distributed as dist
+    from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
     torch.set_num_threads(1)
     while True:
@@ -121,6 +122,9 @@ def _serve(pipe, path):
             value = (False, traceback.format_exc())
         try:
             if dist.is_initialized():
+                # It has meshes whose groups end now, and would give them to later ones that are
+                # equal to them (torch 2.13 compares shapes and names, not groups).
+                _clear_sharding_prop_cache()
                 dist.destroy_process_group()
         except BaseException:
             value = (False, traceback.format_exc())

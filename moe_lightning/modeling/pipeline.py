@@ -75,9 +75,7 @@ def split_into_stages(model: PreTrainedModel, group: dist.ProcessGroup) -> None:
 class _Stage:
     """One stage's part of every forward of the base model."""
 
-    def __init__(
-        self, base: Any, group: dist.ProcessGroup, before: AbsentLayer | None
-    ) -> None:
+    def __init__(self, base: Any, group: dist.ProcessGroup, before: AbsentLayer | None) -> None:
         self.group = group
         # Where received rows come in: what a family does to embeddings is not for them.
         self.before = before

@@ -114,6 +114,7 @@ class ShardedStrategy(MoEStrategy, CheckpointsOfRanks):
         self.activation_checkpointing = activation_checkpointing
         self.timeout_s = timeout_s
         self._meshes: RankMeshes | None = None
+        self._wants_sampler: bool | None = None
         self._watch: RankWatch | None = None
 
     # The ranks.
@@ -281,10 +282,12 @@ class ShardedStrategy(MoEStrategy, CheckpointsOfRanks):
         for loop in (trainer.predict_loop, trainer.validate_loop, trainer.test_loop):
             loop.inference_mode = False
         trainer.fit_loop.epoch_loop.val_loop.inference_mode = False
-        if trainer.predicting:
-            # Lightning's sampler gives ranks unequal numbers of batches; our batches_of_rank
-            # does not.
-            trainer._accelerator_connector.use_distributed_sampler = False
+        # In predict, Lightning's sampler gives ranks unequal numbers of batches; our
+        # batches_of_rank does not. A fit of the same trainer may want it.
+        connector = trainer._accelerator_connector
+        if self._wants_sampler is None:
+            self._wants_sampler = connector.use_distributed_sampler
+        connector.use_distributed_sampler = self._wants_sampler and not trainer.predicting
         super().setup(trainer)
 
     @override

@@ -25,7 +25,8 @@ def test_stages_are_of_equal_size(num_layers, expected) -> None:
     stages = [list(stage_layers(num_layers, len(expected), n)) for n in range(len(expected))]
     sizes = [len(stage) for stage in stages]
     assert [layer for stage in stages for layer in stage] == list(range(num_layers))
-    assert max(sizes) - min(sizes) <= 1 and sizes == sorted(sizes, reverse=True)
+    assert max(sizes) - min(sizes) <= 1
+    assert sizes == sorted(sizes, reverse=True)
     assert sizes == [len(stage) for stage in expected]
 
 
@@ -113,7 +114,7 @@ def test_logits_are_those_of_the_whole_model(num_stages, dtype, family_checkpoin
         torch.testing.assert_close(logits, expected, atol=tolerance, rtol=tolerance)
         # 320 tokens are two parts, of whole rows; with a cache there is one.
         assert parts == [(0, 4), (0, 8), (4, 8)]
-    assert sum((layers for _, layers, _, _ in results), []) == [0, 1, 2]
+    assert [n for _, layers, _, _ in results for n in layers] == [0, 1, 2]
     whole = sum(p.numel() for p in model.base_model.layers.parameters())
     assert sum(number for _, _, number, _ in results) == whole
 

@@ -21,7 +21,7 @@ from moe_lightning import (
 from moe_lightning.strategies import ShardedStrategy
 from moe_lightning.tasks import Embed, Generate, Score, Task
 
-WORDS = "it was the best of times it was the worst of times it was the age of".split()
+TEXT = "it was the best of times it was the worst of times it was the age of"
 
 
 class Everything(Task):
@@ -37,7 +37,7 @@ class Everything(Task):
 
 def ragged_rows(count):
     """Rows of unequal prompts, of which some ask for fewer new tokens or for more."""
-    rows = [{"id": f"row-{n}", "prompt": " ".join(WORDS[: 1 + n * 5 % 7])} for n in range(count)]
+    rows = [{"id": f"row-{n}", "prompt": TEXT[: 3 + n * 50 % 47]} for n in range(count)]
     for n, row in enumerate(rows):
         if n % 3:
             row["max_new_tokens"] = (1, 7)[n % 3 - 1]
@@ -53,9 +53,8 @@ def trainer_of(options, **settings):
         strategy=strategy,
         logger=False,
         enable_checkpointing=False,
-        enable_progress_bar=False,
         enable_model_summary=False,
-        **settings,
+        **({"enable_progress_bar": False} | settings),
     )
 
 

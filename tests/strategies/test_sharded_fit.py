@@ -85,9 +85,9 @@ def test_one_process_is_plain_transformers_and_torch(family_checkpoint, one_proc
 
 WAYS = {
     "full": ({}, 1e-3, LAYOUTS),
-    "lora": ({"lora": LoRA(rank=4)}, 1e-2, LAYOUTS),
+    "lora": ({"lora": LoRA(rank=4)}, 1e-2, ("2x1", "1x2", "2x2")),
     # Nothing below the first experts has a gradient.
-    "lora of experts": ({"lora": LoRA(rank=4, targets=[])}, 1e-2, ("1x2", "2x2")),
+    "lora of experts": ({"lora": LoRA(rank=4, targets=[])}, 1e-2, ("1x2",)),
 }
 
 
@@ -111,8 +111,6 @@ def test_steps_over_ranks_are_those_of_one_process(family_checkpoint, one_proces
 
 MORE_LAYOUTS = {
     "hsdp, ep 2": {"dp_replicate_size": 2, "ep_size": 2},
-    "copies": {"dp_replicate_size": 4},
-    "tp 2": {"tp_size": 2},
     "tp 2, ep 2": {"tp_size": 2, "ep_size": 2},
     "tp 2, ep 4": {"tp_size": 2, "ep_size": 4},
     "ep 4, checkpointed": {"ep_size": 4, "activation_checkpointing": True, "overlap_chunks": 2},
@@ -128,7 +126,7 @@ def test_more_layouts_of_a_model_whose_head_is_its_embedding(family_checkpoint, 
         (way, layout): Fit(strategy, module=module, num_steps=3)
         for way, module in ways.items()
         for layout, strategy in MORE_LAYOUTS.items()
-        if way == "full" or layout in ("4x1", "tp 2, ep 2")
+        if way == "full" or layout == "4x1"
     }
     for reports in run_on_ranks(4, fit_each, path, runs):
         for (way, layout), report in reports.items():
@@ -213,7 +211,7 @@ def test_options_over_ranks_do_as_on_one_process(family_checkpoint, one_process)
         (way, layout): replace(run, strategy=layouts[layout])
         for way, run in options.items()
         for layout in layouts
-        if layout == "1x2" or way not in ("router losses", "schedule")
+        if layout == "1x2" or way in ("clipped by value", "not clipped", "chosen experts")
     }
     # Computes the same again in the backward pass.
     runs["checkpointed", "2x1"] = Fit({"activation_checkpointing": True})
@@ -344,8 +342,9 @@ def test_a_rank_whose_experts_get_no_rows(family_checkpoint, one_process, tmp_pa
     }
     for num_ranks in (2, 4):
         runs = {
-            way: Fit({"ep_size": 2}, module=module, lr=lr, keeps_weights=True)
+            way: Fit({"ep_size": 2}, module=module, lr=lr)
             for way, (module, lr) in ways.items()
+            if num_ranks == 2 or way == "full"
         }
         for reports in run_on_ranks(num_ranks, fit_each, path, runs):
             for way, report in reports.items():

@@ -4,7 +4,9 @@ import json
 import math
 import re
 
+import lightning as L
 import pytest
+import torch
 from predict_runs import (
     check_row,
     check_rows,
@@ -15,10 +17,14 @@ from predict_runs import (
     ragged_rows,
     read_lines,
     together,
+    trainer_of,
 )
 from ranks import run_on_ranks
+from torch.utils.data import DataLoader
 
-from moe_lightning import Score
+from moe_lightning import MoELightningModule, Score
+from moe_lightning.callbacks import RowProgressBar
+from moe_lightning.errors import UsageError
 from moe_lightning.modeling.lock_step import LockStep
 
 # Three MoE layers and 8 experts: a rank that left out one exchange would break the next ones.
@@ -97,9 +103,7 @@ def test_four_ranks(name, family_checkpoint, one_process) -> None:
     check_layouts(4, layouts, family_checkpoint("qwen3_moe"), counts, one_process)
 
 
-def test_replicas_and_idle_ranks_by_a_placement(
-    family_checkpoint, one_process, tmp_path
-) -> None:
+def test_replicas_and_idle_ranks_by_a_placement(family_checkpoint, one_process, tmp_path) -> None:
     file = tmp_path / "placement.json"
     content = {
         "format": "moe_lightning expert placement",
@@ -128,7 +132,8 @@ def test_families(family, family_checkpoint, one_process) -> None:
     if family == "gpt_oss":  # transformers has no tensor-parallel plan for its experts
         names.remove("tp")
         (said, _) = run_on_ranks(2, refusals, path, [TWO_RANKS["tp"]])
-        assert "CheckpointError" in said[0] and "GptOss" in said[0] and "moe_ep" in said[0]
+        for word in ("CheckpointError", "GptOss", "moe_ep"):
+            assert word in said[0]
     check_layouts(2, {name: TWO_RANKS[name] for name in names}, path, [3], one_process)
 
 
@@ -243,7 +248,7 @@ def check_files(world, layouts, path, file_of, name, rows, tmp_path):
     num_errors = len(read_lines(one / "errors.jsonl"))
     assert errors == [[num_errors] * len(layouts)] * world
     expected = read_lines(one / "predictions.jsonl")
-    for number, (layout_name, layout) in enumerate(layouts.items()):
+    for number, layout_name in enumerate(layouts):
         directory = tmp_path / str(number)
         assert not (directory / "parts").exists()
         got = read_lines(directory / "predictions.jsonl")
@@ -258,7 +263,8 @@ def check_files(world, layouts, path, file_of, name, rows, tmp_path):
 def check_run(directory, one, world):
     run, other = (json.loads((d / "run.json").read_text()) for d in (directory, one))
     counts = [name for name in other if name.startswith("num_")]
-    assert counts and {name: run[name] for name in counts} == {n: other[n] for n in counts}
+    assert counts
+    assert {name: run[name] for name in counts} == {name: other[name] for name in counts}
     assert run["exit_reason"] == "finished"
     assert run["strategy"] == "ShardedStrategy"
     assert run["world_size"] == world
@@ -293,3 +299,115 @@ def test_dense_layers_come_first_on_a_stage(family_checkpoint, file_of, tmp_path
     # DeepSeek's first layer is dense: of three stages, the first has no MoE layer at all.
     path = family_checkpoint("deepseek_v3")
     check_files(3, {"pp": {"pp_size": 3}}, path, file_of, "dense", ragged_rows(3), tmp_path)
+
+
+# Before and after a fit of the same trainer.
+
+
+class RowsSeen(L.Callback):
+    def __init__(self):
+        self.rows = []
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.rows += [tuple(row) for row in batch["input_ids"].tolist()]
+
+
+def predict_and_fit(path):
+    """Rows of a fit after a predict, and what predict says before and after."""
+    seen = RowsSeen()
+    trainer = trainer_of({}, max_epochs=1, callbacks=[seen])
+    module = MoELightningModule(str(path), task=Score())
+    answers = []
+
+    def score():
+        loader = DataLoader(ragged_rows(3), batch_size=1, collate_fn=list)
+        answers.append(
+            {row["id"]: row for batch in trainer.predict(module, loader) for row in batch}
+        )
+
+    score()
+    ids = torch.arange(4, 52).view(8, 6)
+    trainer.fit(
+        module, DataLoader([{"input_ids": row, "labels": row} for row in ids], batch_size=2)
+    )
+    score()
+    return seen.rows, answers
+
+
+def test_fit_after_predict_deals_rows_out(family_checkpoint, one_process) -> None:
+    path = family_checkpoint("qwen3_moe")
+    (rows, answers), (others, more) = run_on_ranks(2, predict_and_fit, path)
+    assert len(rows) == len(others) == 4
+    assert not set(rows) & set(others)
+    before, after = (together(each) for each in zip(answers, more, strict=True))
+    expected = one_process(path, 3)
+    for name, row in expected.items():
+        assert before[name]["logprob"] == pytest.approx(row["logprob"], abs=1e-4)
+        assert after[name]["logprob"] != pytest.approx(row["logprob"], abs=1e-2), "it was trained"
+
+
+# What a user's own dataloader gives.
+
+
+def predict_prompts(path, options, prompts):
+    """Ids and scores of plain prompts, one a batch, with a progress bar."""
+    trainer = trainer_of(options, enable_progress_bar=True, callbacks=[RowProgressBar()])
+    module = MoELightningModule(str(path), task=Score())
+    batches = trainer.predict(module, DataLoader(prompts, batch_size=1))
+    return [(row["id"], row["logprob"]) for batch in batches for row in batch], len(batches)
+
+
+def test_rows_without_ids_are_numbered_over_all_ranks(family_checkpoint) -> None:
+    path = family_checkpoint("qwen3_moe")
+    prompts = ["to be", "or not", "that is the question", "whether", "tis nobler"]
+    expected, _ = predict_prompts(path, None, prompts)
+    assert [number for number, _ in expected] == [0, 1, 2, 3, 4]
+    (left, num_left), (right, num_right) = run_on_ranks(2, predict_prompts, path, {}, prompts)
+    assert num_left == num_right == 3  # the second rank's last batch has no rows
+    assert [number for number, _ in left] == [0, 2, 4]
+    assert [number for number, _ in right] == [1, 3]
+    scores = [score for _, score in sorted(left + right)]
+    assert scores == pytest.approx([score for _, score in expected], abs=1e-4)
+
+
+# Refusals that need the model or the ranks; every rank raises, before any weight is read.
+
+
+def refused_fit(path, layout):
+    """What a fit is refused with."""
+    try:
+        trainer = trainer_of(layout, max_steps=1)
+        trainer.fit(MoELightningModule(str(path)), DataLoader([{"input_ids": torch.ones(4)}]))
+    except UsageError as error:
+        return str(error)
+    return None
+
+
+def test_layouts_that_do_not_fit_the_model_are_refused(family_checkpoint) -> None:
+    path = family_checkpoint("qwen3_moe")  # 4 heads and 2 of keys, 3 layers, 8 experts
+    wrong = {
+        "num_attention_heads is 4": {"tp_size": 3},
+        "ep_size is 2": {"ep_size": 2},
+        "must be the number of ranks, 3": {"fsdp_size": 2},
+        "ep_size is 1": {"policy": "round_robin"},
+        "no-such-file": {"ep_size": 3, "policy": "file", "file": "no-such-file.json"},
+    }
+    said = run_on_ranks(3, refusals, path, list(wrong.values()))
+    assert said[0] == said[1] == said[2]
+    for message, words in zip(said[0], wrong, strict=True):
+        assert message.startswith("UsageError")
+        assert words in message
+    (said, *others) = run_on_ranks(4, refusals, path, [{"pp_size": 4}, {"tp_size": 4}])
+    assert "has 3 layers" in said[0]
+    assert "num_key_value_heads is 2" in said[1]
+    assert all(other == said for other in others)
+
+
+@pytest.mark.parametrize(
+    ("layout", "words"),
+    [({"pp_size": 2}, "pipeline parallelism"), ({"dense": "replicated"}, "dense is replicated")],
+)
+def test_layouts_that_do_not_train_are_refused(layout, words, family_checkpoint) -> None:
+    said = run_on_ranks(2, refused_fit, family_checkpoint("qwen3_moe"), layout)
+    assert said[0] == said[1]
+    assert words in said[0]
