@@ -157,7 +157,7 @@ class MoELightningModule(TrainingHooks):
                 )
             self.hosted = self.model = self.runner = None
         if self.hosted is not None:
-            if trainer is not None and trainer.training:
+            if trainer is not None and (trainer.training or isinstance(strategy, DDPStrategy)):
                 self.hosted.unpack()
             self._read_shards(strategy, self.hosted)
             return
