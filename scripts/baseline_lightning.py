@@ -2,8 +2,8 @@
 
     torchrun --nproc-per-node 2 scripts/baseline_lightning.py --checkpoint DIR --fsdp 2 [--ep 2]
 
-Scores the demo prompts and prints one line a rank. ``scripts/bench_sharded.py`` measures this module
-against MoELightningModule; it is kept as short as it can be, without being wrong.
+Scores the demo prompts and prints one line a rank. ``scripts/bench_sharded.py`` measures this
+module against MoELightningModule; it is kept as short as it can be, without being wrong.
 """
 
 import argparse

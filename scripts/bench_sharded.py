@@ -2,8 +2,8 @@
 
     python scripts/bench_sharded.py --out result.json
 
-Every contestant has two processes of its own that stay; they take turns, round by round, on the same
-rows. A time is that of rank 0, which waits for the other. The baseline is
+Every contestant has two processes of its own that stay; they take turns, round by round, on the
+same rows. A time is that of rank 0, which waits for the other. The baseline is
 ``scripts/baseline_lightning.py``: batches of a fixed number of rows in input order.
 """
 
@@ -129,7 +129,8 @@ class Contestant:
                 self.losses.append(float(outputs["loss"]))
 
         generator = torch.Generator().manual_seed(1)
-        rows = torch.randint(4, 2000, (TRAIN_STEPS * TRAIN_ROWS * RANKS, TRAIN_TOKENS), generator=generator)
+        count = TRAIN_STEPS * TRAIN_ROWS * RANKS
+        rows = torch.randint(4, 2000, (count, TRAIN_TOKENS), generator=generator)
         data = [{"input_ids": row, "labels": row} for row in rows]
         clock = Clock()
         trainer = self.trainer(max_steps=TRAIN_STEPS, callbacks=[clock])
@@ -227,7 +228,7 @@ def main() -> None:
         results = run(options, arguments)
     machine = f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
     print(f"\n{machine}; {RANKS} ranks of one thread; random Qwen3-MoE, {size_mb:.0f} MB\n")
-    print(markdown(results, options))
+    print(markdown(results))
     if options.out:
         options.out.write_text(json.dumps({"size_mb": size_mb, "results": results}, indent=1))
 
@@ -265,7 +266,7 @@ def compare(found: dict) -> None:
         assert other["largest_difference"] < 1e-2, "other scores than the baseline's"
 
 
-def markdown(results: dict, options: argparse.Namespace) -> str:
+def markdown(results: dict) -> str:
     """The table."""
     lines = ["| task | contestant | seconds, median | spread | x baseline | peak MB a rank |"]
     lines.append("|---|---|---|---|---|---|")
@@ -275,9 +276,15 @@ def markdown(results: dict, options: argparse.Namespace) -> str:
             base = found.get(AGAINST.get(name.partition(":")[0], "fsdp: baseline"))
             ratio = statistics.median(base["seconds"]) / median if base else float("nan")
             spread = f"{min(result['seconds']):.2f}-{max(result['seconds']):.2f}"
-            lines.append(
-                f"| {task} | {name} | {median:.2f} | {spread} | {ratio:.2f} | {result['peak_mb']:.0f} |"
+            cells = (
+                task,
+                name,
+                f"{median:.2f}",
+                spread,
+                f"{ratio:.2f}",
+                f"{result['peak_mb']:.0f}",
             )
+            lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
