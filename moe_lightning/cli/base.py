@@ -45,6 +45,14 @@ def _keep_older_log(path: Path) -> None:
         path.rename(path.with_name(f"metrics-{number}.csv"))
 
 
+def _newest(ckpt_path: str | None, output_dir: Path) -> str | None:
+    """What ``last`` stands for: the newest checkpoint of the output directory, if it has one."""
+    if ckpt_path != "last":
+        return ckpt_path
+    newest = output_dir / "checkpoints" / "last.ckpt"
+    return str(newest) if newest.is_file() or find_sharded(newest) is not None else None
+
+
 class MoECLI(LightningCLI):
     """One verb's command line: parses, checks the output directory, and builds module, data and
     trainer.
@@ -114,8 +122,9 @@ class MoECLI(LightningCLI):
             "--ckpt_path",
             type=str | None,
             default=None,
-            help="A training checkpoint of fit to start from. The default is the weights of "
-            "--model.checkpoint.",
+            help="A training checkpoint of fit to start from; last is the newest one in "
+            "--output_dir, if there is one, so that the same command goes on after a failure. The "
+            "default is the weights of --model.checkpoint.",
         )
         parser.link_arguments("output_dir", "trainer.default_root_dir")
         for name, (callback, parameter) in self._configurable_callbacks.items():
@@ -147,7 +156,7 @@ class MoECLI(LightningCLI):
             raise UsageError(
                 f"--output_dir {directory}: no permission to write there. Choose another directory."
             )
-        ckpt_path = self.config.ckpt_path
+        ckpt_path = self.config.ckpt_path = _newest(self.config.ckpt_path, directory)
         if ckpt_path is not None:
             if not Path(ckpt_path).exists() and find_sharded(Path(ckpt_path)) is None:
                 raise UsageError(f"--ckpt_path {ckpt_path}: no such checkpoint.")

@@ -183,6 +183,14 @@ def test_resuming_into_the_same_directory_keeps_the_log_of_the_first_half(traini
     assert steps == set(range(12))
 
 
+def test_the_same_command_goes_on_from_its_last_checkpoint(training) -> None:
+    command = ("fit", "out", *SCHEDULE, "--ckpt_path", "last", "--trainer.max_steps")
+    assert training(*command, 4).code == 0  # there is none yet
+    assert list(metrics("out", "train_loss")) == [0, 1, 2, 3]
+    assert training(*command, 6).code == 0
+    assert list(metrics("out", "train_loss"))[-2:] == [4, 5]
+
+
 def test_checkpoints_of_every_few_steps_can_be_kept(training) -> None:
     options = ("--save.every_n_train_steps", 2, "--save.save_top_k=-1", "--trainer.max_steps", 6)
     assert training("fit", "out", *options).code == 0
