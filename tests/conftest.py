@@ -26,17 +26,24 @@ from moe_lightning.demo.random_checkpoint import make_checkpoint
 from moe_lightning.modeling.runner import ModelRunner
 from moe_lightning.tasks import Task
 
-# Tests that watch the clock or start the program itself; scripts/test.sh runs the others two at a
-# time.
+# Tests that watch the clock, run on ranks or start the program itself; scripts/test.sh runs the
+# others two at a time.
 ALONE = (
     "cli",
     "demo",
+    "dispatch/test_collective",
     "dispatch/test_interleave",
     "dispatch/test_slots",
     "experts/test_packed_memory",
     "scripts",
+    "finetune/test_clipping",
+    "finetune/test_replicas",
+    "modeling/test_ep_plugin",
+    "strategies/test_lora_export",
     "strategies/test_rank_watch",
+    "strategies/test_resume",
     "strategies/test_rpc",
+    "strategies/test_sharded",
     "test_readme",
     "transport",
     "workers",

@@ -10,6 +10,7 @@ import torch
 from fit_runs import ROWS_PER_STEP, Fit, Rows, Seen, fit, fit_each
 from ranks import run_on_ranks
 from safetensors.torch import load_file, save_file
+from sampling import sampled
 from torch.nn.utils import clip_grad_norm_
 from transformers import AutoModelForCausalLM
 
@@ -91,7 +92,7 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", sampled(FAMILIES, "qwen3_moe", "gpt_oss"))
 def test_steps_over_ranks_are_those_of_one_process(family_checkpoint, one_process, family):
     path = family_checkpoint(family)
     for num_ranks in (2, 4):
@@ -118,6 +119,7 @@ MORE_LAYOUTS = {
 }
 
 
+@pytest.mark.wide
 def test_more_layouts_of_a_model_whose_head_is_its_embedding(family_checkpoint, one_process):
     path = family_checkpoint("qwen3_moe", num_experts=6, tie=True)
     chosen = {"trainable": Trainable(train_experts=["1:1,5", "2:*"], train_dense=True)}
@@ -394,6 +396,7 @@ def fit_text(path, directory, strategies):
     return reports
 
 
+@pytest.mark.wide
 def test_text_over_ranks_gives_the_losses_of_one_process(family_checkpoint, tmp_path):
     path = family_checkpoint("qwen3_moe")
     words = [f"to be or not {n} to be" for n in range(200)]

@@ -7,6 +7,7 @@ import re
 import lightning as L
 import pytest
 import torch
+from families import FAMILIES
 from predict_runs import (
     check_row,
     check_rows,
@@ -20,6 +21,7 @@ from predict_runs import (
     trainer_of,
 )
 from ranks import run_on_ranks
+from sampling import sampled
 from torch.utils.data import DataLoader
 
 from moe_lightning import MoELightningModule, Score
@@ -45,6 +47,8 @@ THREE_RANKS = {
     "pp": {"pp_size": "auto"},
 }
 FOUR_RANKS = {
+    "fsdp": {},
+    "ep": {"ep_size": 4},
     "fsdp 2, ep 2": {"fsdp_size": 4, "ep_size": 2},
     "fsdp 2, ep 2, dense shared": {"fsdp_size": 4, "ep_size": 2, "dense": "sharded"},
     "hsdp": {"fsdp_size": 2, "dp_replicate_size": 2},
@@ -84,22 +88,22 @@ def check_layouts(world, layouts, path, counts, one_process):
             check_rows(got, one_process(path, count), what=f"{name}, {count} rows")
 
 
-@pytest.mark.parametrize("name", TWO_RANKS)
+@pytest.mark.parametrize("name", sampled(TWO_RANKS, "fsdp", "ep", "tp", "pp"))
 def test_two_ranks(name, family_checkpoint, one_process) -> None:
     layouts = {name: TWO_RANKS[name]}
     check_layouts(2, layouts, family_checkpoint("qwen3_moe"), range(6), one_process)
 
 
-@pytest.mark.parametrize("name", THREE_RANKS)
+@pytest.mark.parametrize("name", sampled(THREE_RANKS, "fsdp", "ep, uneven", "pp"))
 def test_three_ranks(name, family_checkpoint, one_process) -> None:
     layouts = {name: THREE_RANKS[name]}
     check_layouts(3, layouts, family_checkpoint("qwen3_moe"), range(8), one_process)
 
 
-@pytest.mark.parametrize("name", FOUR_RANKS)
+@pytest.mark.parametrize("name", sampled(FOUR_RANKS, "fsdp 2, ep 2, dense shared"))
 def test_four_ranks(name, family_checkpoint, one_process) -> None:
     layouts = {name: FOUR_RANKS[name]}
-    counts = range(10) if name == "fsdp 2, ep 2, dense shared" else [1, 5, 9]
+    counts = range(10) if name in ("fsdp", "ep", "fsdp 2, ep 2, dense shared") else [1, 5, 9]
     check_layouts(4, layouts, family_checkpoint("qwen3_moe"), counts, one_process)
 
 
@@ -126,6 +130,9 @@ def test_replicas_and_idle_ranks_by_a_placement(family_checkpoint, one_process, 
     check_layouts(4, layouts, family_checkpoint("qwen3_moe"), [3, 9], one_process)
 
 
+@pytest.mark.parametrize(
+    "family", sampled(FAMILIES, "deepseek_v3", "gpt_oss", "granitemoe"), indirect=True
+)
 def test_families(family, family_checkpoint, one_process) -> None:
     path = family_checkpoint(family)
     names = ["fsdp", "ep", "pp", "tp"]
