@@ -12,9 +12,9 @@ TINY = ["--rounds", "1", "--rows", "32", "--hidden", "64", "--layers", "2", "--n
 def test_ours_and_the_baseline_give_the_same_scores(tmp_path):
     sides = ["fsdp: baseline", "ep: ours"]
     out = tmp_path / "result.json"
+    options = [*TINY, "--only", *sides, "--tasks", "score", "--out", out]
     finished = subprocess.run(
-        [sys.executable, SCRIPTS / "bench_sharded.py", *TINY, "--only", *sides]
-        + ["--tasks", "score", "--out", out],
+        [sys.executable, SCRIPTS / "bench_sharded.py", *options],
         capture_output=True,
         text=True,
         timeout=120,
