@@ -277,7 +277,8 @@ class MoELightningModule(TrainingHooks):
         return rows
 
     def _counts_rows(self) -> bool:
-        return bool(getattr(self.trainer.strategy, "writes_rows", True))
+        strategy = None if self._trainer is None else self._trainer.strategy
+        return bool(getattr(strategy, "writes_rows", True))
 
     def _budget_tokens(self) -> int:
         datamodule = getattr(self._trainer, "datamodule", None)

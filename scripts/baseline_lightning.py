@@ -53,9 +53,8 @@ class Baseline(L.LightningModule):
     def predict_step(self, prompts: list[str], batch_idx: int) -> list[object]:
         batch = self.tokenizer(prompts, return_tensors="pt", padding=True).to(self.device)
         if self.task == "generate":
-            out = self.model.generate(
-                **batch, max_new_tokens=self.max_new_tokens, do_sample=False, synced_gpus=True
-            )
+            length = {"max_new_tokens": self.max_new_tokens, "min_new_tokens": self.max_new_tokens}
+            out = self.model.generate(**batch, **length, do_sample=False, synced_gpus=True)
             return [row.tolist() for row in out[:, batch["input_ids"].shape[1] :]]
         logits = self.model(**batch, use_cache=False).logits[:, :-1].float()
         target = batch["input_ids"][:, 1:]

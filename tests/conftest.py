@@ -73,6 +73,7 @@ TINY = {
 class PlainTransformers:
     """A checkpoint in unmodified transformers, one row at a time: no padding, no refill."""
 
+    @torch.inference_mode(False)  # it is kept, for tests with gradients too
     def __init__(self, path: Path) -> None:
         self.model: Any = AutoModelForCausalLM.from_pretrained(
             path, dtype=torch.float32, experts_implementation="eager"

@@ -33,7 +33,13 @@ def batch_of(token_ids, errors=()):
     return RowBatch(0, rows, list(errors))
 
 
-def run(task, batch, runner=None):
+class NoModel:
+    """A runner of tasks that need none."""
+
+    is_alone = True
+
+
+def run(task, batch, runner=NoModel):
     with torch.inference_mode():
         return run_isolated(task, runner, batch, budget_tokens=4096, progress=lambda *_: None)
 
