@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 from ranks import run_on_ranks
+from sampling import sampled
 
 import moe_lightning
 from moe_lightning.cli.main import main
@@ -44,7 +45,7 @@ def loss_before(tmp_path_factory):
     return held_out_losses(out / "out")[0]
 
 
-@pytest.mark.parametrize("name", ["finetune_lora", "finetune_ep"])
+@pytest.mark.parametrize("name", sampled(["finetune_lora", "finetune_ep"], "finetune_lora"))
 def test_a_config_runs_as_it_is_under_torchrun(tmp_path, loss_before, name):
     assert run_on_ranks(2, fit, tmp_path, f"{name}.yaml") == [0, 0]
     losses = held_out_losses(tmp_path / "outputs" / name)
@@ -52,6 +53,7 @@ def test_a_config_runs_as_it_is_under_torchrun(tmp_path, loss_before, name):
     assert losses[19] < losses[9] < loss_before
 
 
+@pytest.mark.wide
 def test_a_config_starts_its_own_ranks(tmp_path, loss_before):
     """As it is but for the accelerator; without GPUs, devices: auto would be two as well."""
     root = Path(moe_lightning.__file__).parent.parent

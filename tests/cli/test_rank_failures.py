@@ -114,6 +114,7 @@ def is_gone(pid):
         return True
 
 
+@pytest.mark.wide
 def test_lightnings_own_launcher_ends_with_6_and_leaves_nothing(tiny, tmp_path) -> None:
     process, log = start([sys.executable], tiny, tmp_path)
     children = []

@@ -60,12 +60,14 @@ def test_torchrun(options_of, check_run, tmp_path) -> None:
     check_run(finished, tmp_path, "pp 1 x dp_replicate 1 x fsdp 2 x tp 1 x ep 1")
 
 
+@pytest.mark.wide
 def test_the_launcher_of_lightning(options_of, check_run, tmp_path) -> None:
     config = ("--config", "expert_parallel.yaml", "--trainer.devices", "2")
     finished = finish(*VERB, *config, *options_of(tmp_path))
     check_run(finished, tmp_path, "pp 1 x dp_replicate 1 x fsdp 2 x tp 1 x ep 2")
 
 
+@pytest.mark.wide
 def test_two_processes_where_nothing_is_said(options_of, check_run, tmp_path) -> None:
     finished = finish(*VERB, "--config", "tensor_parallel.yaml", *options_of(tmp_path))
     check_run(finished, tmp_path, "pp 1 x dp_replicate 1 x fsdp 1 x tp 2 x ep 1")

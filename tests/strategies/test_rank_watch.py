@@ -102,6 +102,7 @@ def test_the_others_end_with_6_and_name_the_rank_that_was_killed_or_stopped(star
         assert "terminate called" not in output
 
 
+@pytest.mark.wide
 def test_two_ranks_that_died_together_are_both_named(start):
     ranks = start(4)
     ranks.signal(1, signal.SIGKILL)
@@ -111,6 +112,7 @@ def test_two_ranks_that_died_together_are_both_named(start):
         assert named(output) == [1, 2], output
 
 
+@pytest.mark.wide
 def test_a_rank_that_is_stopped_and_goes_on_too_late_learns_that_it_was_given_up(start):
     ranks = start(3)
     ranks.signal(1, signal.SIGSTOP)
@@ -134,6 +136,7 @@ def test_a_rank_that_fails_is_named_with_its_error_by_the_others(start):
         assert "ZeroDivisionError: no such number" in output
 
 
+@pytest.mark.wide
 def test_ranks_whose_peer_was_interrupted_are_interrupted(start):
     ranks = start(2)
     ranks.signal(1, signal.SIGINT)
@@ -152,6 +155,7 @@ def test_sigterm_of_the_survivors_is_not_mistaken_for_the_cause(start):
         assert named(output) == [1], output
 
 
+@pytest.mark.wide
 def test_a_thread_that_never_comes_back_is_ended_with_6_too(start):
     ranks = start(2, how={0: "hangs"})
     time.sleep(1)
