@@ -4,9 +4,8 @@ Every expert's A is drawn on its own, from a seed of its name and number, so a r
 rows that it holds. B is zero: the adapters add nothing until they are trained. Or both come from a
 PEFT adapter, of which a rank keeps only its rows.
 
-Private names used here: ``_is_hf_initialized`` of transformers 5.23 is set on what was filled, as
-loading would give it random values otherwise; ``compute_local_shape_and_global_offset`` of torch
-2.13 says which part of a DTensor is here.
+Private name used here: ``_is_hf_initialized`` of transformers 5.23 is set on what was filled, as
+loading would give it random values otherwise.
 """
 
 import math
@@ -16,12 +15,12 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from transformers import PreTrainedModel
 
 from moe_lightning.errors import CheckpointError
 from moe_lightning.experts.adapters import LORA_A, LORA_B
 from moe_lightning.finetune.adapter_layout import expert_keys
+from moe_lightning.finetune.local_parts import local_box, local_part
 from moe_lightning.finetune.lora import LoRA, adapter_names, train_adapters_only
 from moe_lightning.modeling.expert_rows import ExpertRows
 
@@ -52,7 +51,7 @@ def initialise_adapters(
         module_name, _, own_name = name.rpartition(".")
         module = model.get_submodule(module_name)
         parameter: nn.Parameter = getattr(module, own_name)
-        box = _local_box(parameter)
+        box = local_box(parameter)
         if own_name not in (LORA_A, LORA_B):
             assert name in rows, f"{name} is of experts, but not which"
             adapted = [
@@ -67,7 +66,7 @@ def initialise_adapters(
         local = local.to(parameter.dtype)
         if not parameter.is_meta:
             with torch.no_grad():
-                _local(parameter).copy_(local)
+                local_part(parameter).copy_(local)
         else:
             parameter = nn.Parameter(_like(parameter, local.to(device)))
             setattr(module, own_name, parameter)
@@ -115,20 +114,6 @@ def _random(seed: int, name: str, shape: torch.Size) -> Tensor:
     generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}:{name}".encode()))
     bound = 1 / math.sqrt(shape[-1])
     return torch.empty(shape, device="cpu").uniform_(-bound, bound, generator=generator)
-
-
-def _local_box(parameter: Tensor) -> tuple[slice, ...]:
-    """Which part of a parameter is on this rank."""
-    if not isinstance(parameter, DTensor):
-        return tuple(slice(0, size) for size in parameter.shape)
-    sizes, starts = compute_local_shape_and_global_offset(
-        parameter.shape, parameter.device_mesh, parameter.placements
-    )
-    return tuple(slice(start, start + size) for start, size in zip(starts, sizes, strict=True))
-
-
-def _local(parameter: Tensor) -> Tensor:
-    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
 
 def _like(parameter: Tensor, local: Tensor) -> Tensor:

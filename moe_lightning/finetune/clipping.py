@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from moe_lightning.collectives import RankGroup
+from moe_lightning.finetune.local_parts import local_part
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,14 +49,6 @@ def num_copies(parameter: Tensor, *, outside: int) -> int:
         return outside
     sizes = zip(parameter.device_mesh.shape, parameter.placements, strict=True)
     return outside * prod(size for size, placement in sizes if placement.is_replicate())
-
-
-def local_part(tensor: Tensor) -> Tensor:
-    """What this rank holds of a tensor, as a plain tensor that shares its memory."""
-    if not isinstance(tensor, DTensor):
-        return tensor
-    assert not any(p.is_partial() for p in tensor.placements), "ranks have not added this up yet"
-    return tensor.to_local()
 
 
 def local_gradients(parameters: Iterable[Tensor]) -> list[Tensor]:

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from moe_lightning.finetune.clipping import local_part
+from moe_lightning.finetune.local_parts import local_part
 from moe_lightning.finetune.replicas import local_expert_ids
 from moe_lightning.modeling.expert_rows import ExpertRows
 from moe_lightning.modeling.seam import MoELayer

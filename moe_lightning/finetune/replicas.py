@@ -8,10 +8,9 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from moe_lightning.collectives import RankGroup
-from moe_lightning.finetune.clipping import local_part
+from moe_lightning.finetune.local_parts import local_box, local_part
 from moe_lightning.modeling.expert_rows import ExpertRows
 
 
@@ -25,16 +24,7 @@ def local_expert_ids(parameter: Tensor, rows: ExpertRows) -> tuple[int, ...]:
     Returns:
         The expert of each row of dim 0 of this rank's piece.
     """
-    ids = rows.expert_ids
-    if isinstance(parameter, DTensor):
-        coordinates = parameter.device_mesh.get_coordinate()
-        assert coordinates is not None, "this rank is not in the parameter's mesh"
-        for size, place, placement in zip(
-            parameter.device_mesh.shape, coordinates, parameter.placements, strict=True
-        ):
-            if placement.is_shard(0):  # as torch.chunk cuts
-                per_rank = -(-len(ids) // size)
-                ids = ids[place * per_rank : (place + 1) * per_rank]
+    ids = rows.expert_ids[local_box(parameter)[0]]
     assert len(ids) == local_part(parameter).shape[0], "the rows are cut in a way not known here"
     return ids
 

@@ -17,9 +17,9 @@ from moe_lightning.finetune.clipping import (
     clip_by_norm,
     clip_by_value,
     gradient_norm,
-    local_part,
     num_copies,
 )
+from moe_lightning.finetune.local_parts import local_part
 
 
 def make_model():

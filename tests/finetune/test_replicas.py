@@ -10,8 +10,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from moe_lightning.collectives import RankGroup
-from moe_lightning.finetune.clipping import clip_by_norm, gradient_norm, local_part
+from moe_lightning.finetune.clipping import clip_by_norm, gradient_norm
 from moe_lightning.finetune.holders import held_parameters
+from moe_lightning.finetune.local_parts import local_part
 from moe_lightning.finetune.replicas import local_expert_ids, sum_replica_gradients
 from moe_lightning.modeling.expert_rows import ExpertRows
 
