@@ -4,7 +4,7 @@ Fixtures are factories that keep what they made for the session.
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -107,6 +107,18 @@ class PlainTransformers:
             **options,
         )
         return output[0, len(token_ids) :].tolist()
+
+
+@pytest.fixture(autouse=True)
+def nobody_stays_a_rank() -> Iterator[None]:
+    """A test that leaves this process a rank would have all later ones, and what they start, meet
+    at its address."""
+    yield
+    is_rank = torch.distributed.is_initialized() or "MASTER_PORT" in os.environ
+    if is_rank and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    os.environ.pop("MASTER_PORT", None)
+    assert not is_rank, "the test left its process group, or MASTER_PORT"
 
 
 @pytest.fixture(params=FAMILIES)

@@ -77,8 +77,9 @@ class RankLauncher(_SubprocessScriptLauncher):
         assert trainer is not None, "Lightning's trainer comes along"
         environment = self.cluster_environment
         environment.validate_settings(num_devices=self.num_processes, num_nodes=self.num_nodes)
-        if not environment.creates_processes_externally:
-            self._call_children_scripts()
+        starts_others = self.num_processes * self.num_nodes > 1
+        if starts_others and not environment.creates_processes_externally:
+            self._call_children_scripts()  # and leaves its address in this process's environment
         _set_num_threads_if_needed(num_processes=self.num_processes)
         self._note_sigterm_only(trainer)
         with self._watching_children():

@@ -149,13 +149,14 @@ class ShardedStrategy(MoEStrategy, CheckpointsOfRanks):
         # Not Lightning's own, which makes a mesh of two axes.
         assert self.accelerator is not None
         self.accelerator.setup_device(self.root_device)
-        self._setup_distributed()
-        sizes = self.sizes
+        self.set_world_ranks()
+        sizes = self.sizes  # wrong ones are refused before the ranks meet
         if self.cpu_offload and self.root_device.type == "cpu":
             raise UsageError(
                 "cpu_offload keeps the parameters of GPUs in the host's memory; these ranks "
                 "compute on the CPU. Leave it out."
             )
+        self._setup_distributed()
         if sizes.world > 1:
             self._meshes = RankMeshes(
                 self.root_device.type,
