@@ -49,8 +49,20 @@ ALONE = (
     "strategies/test_rpc",
     "strategies/test_sharded",
     "test_readme",
-    "transport",
-    "workers",
+    "transport/test_link",
+    "transport/test_liveness",
+    "transport/test_tensorpipe",
+    "transport/test_transport_contract",
+    "transport/test_zmq",
+    "workers/test_expert_host",
+    "workers/test_faults",
+    "workers/test_fleet",
+    "workers/test_joining",
+    "workers/test_local_processes",
+    "workers/test_long_messages",
+    "workers/test_session",
+    "workers/test_two_hosts",
+    "workers/test_worker",
 )
 
 

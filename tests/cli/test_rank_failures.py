@@ -38,7 +38,11 @@ def scene(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("verb", "victim", "how"), [("predict", 0, signal.SIGSTOP), ("fit", 1, signal.SIGKILL)]
+    ("verb", "victim", "how"),
+    [
+        ("predict", 0, signal.SIGSTOP),
+        pytest.param("fit", 1, signal.SIGKILL, marks=pytest.mark.wide),
+    ],
 )
 def test_the_other_rank_names_the_lost_one_and_the_same_command_gives_what_it_should(
     scene, tmp_path, verb, victim, how

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from sampling import sampled
 from worker_processes import (
     finish,
     free_port,
@@ -213,7 +214,7 @@ for task in (Score(), Embed(), Generate(max_new_tokens=6)):
 """
 
 
-@pytest.mark.parametrize("transport", ["zmq", "tensorpipe"])
+@pytest.mark.parametrize("transport", sampled(["zmq", "tensorpipe"], "zmq"))
 def test_a_plain_lightning_script_under_torchrun(
     tiny, rows_file, expected, work, transport
 ) -> None:
@@ -357,6 +358,7 @@ def test_another_release_is_refused(by_hand, predict_rpc, monkeypatch) -> None:
     check(predict_rpc(*named(by_hand)), by_hand[0], "0.0.7", ours, "release")
 
 
+@pytest.mark.wide
 def test_a_worker_of_another_master_is_refused(by_hand, predict_rpc, tiny) -> None:
     roster = Roster(by_hand[:1], keys=None, timeout_s=15)
     manifest = manifest_hash(open_checkpoint(str(tiny)))
@@ -388,6 +390,12 @@ def blocks(language):
     return re.findall(rf"```{language}\n(.*?)```", PAGE, re.DOTALL)
 
 
+def blocks_of_the_page_only():
+    """The README's test runs those that it has too."""
+    readme = {line.split("  ")[0] for line in (ROOT / "README.md").read_text().splitlines()}
+    return [b for b in blocks("console") if not readme.issuperset(b.splitlines())]
+
+
 def commands(block):
     return [shlex.split(line[2:]) for line in block.splitlines() if line.startswith("$ ")]
 
@@ -404,7 +412,7 @@ wait $first
 """
 
 
-@pytest.mark.parametrize("block", blocks("console"), ids=lambda block: block[2:70].strip())
+@pytest.mark.parametrize("block", blocks_of_the_page_only(), ids=lambda block: block[2:70].strip())
 def test_the_commands_of_the_page(block, work) -> None:
     here = outside_address() or "127.0.0.1"
     # torchrun's agents take themselves for the host by its name only.

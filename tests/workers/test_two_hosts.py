@@ -186,6 +186,7 @@ def unplugged(link):
         link.set_up("b")
 
 
+@pytest.mark.wide
 def test_two_seconds_without_a_link_lose_nothing(link, worker, master, expected, tmp_path):
     before = bytes_sent(link)
     run = master([worker("b", 7000), worker("b", 7010)])
@@ -233,6 +234,7 @@ def test_experts_behind_a_cut_are_adopted_by_a_worker_on_this_side(
     assert f"worker {near} adopted" in run.said()
 
 
+@pytest.mark.wide
 def test_tensorpipe_across_hosts(link, start, task, checkpoint, expected, tmp_path):
     ports = (7050, 7060)
     for port in ports:
