@@ -7,14 +7,14 @@ A row travels once for each of its experts, there and back. It asks the same wor
 transport as RemoteDispatcher does, so only the way of asking differs.
 """
 
+import time
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
-from moe_lightning.dispatch import Dispatcher, LayerTrace, RoutingLog
-from moe_lightning.dispatch.bookkeeping import Span, maybe_span
+from moe_lightning.dispatch import Dispatcher, RoutingLog
 from moe_lightning.dispatch.remote import RemoteExperts
 
 
@@ -43,36 +43,28 @@ class NaiveDispatcher(Dispatcher):
         weights_TK: Tensor,
         meanwhile: Callable[[], None] | None = None,
     ) -> Tensor:
-        trace = None
-        if self.log.is_read:
-            trace = LayerTrace(self.layer, self.num_experts, index_TK, weights_TK)
+        names, home = self._remote.names, self._remote.home
+        trace = self.log.open(
+            self.layer, self.num_experts, index_TK, weights_TK, slots=names, home=home
+        )
         flights = []
         for expert, slot in enumerate(self._slot_of):
-            name = self._remote.names[slot]
-            with maybe_span(trace, "dispatch", name) as span:
-                token_R, choice_R = (index_TK == expert).nonzero(as_tuple=True)
-                if token_R.numel() == 0:
-                    continue
-                index_R1 = torch.full((token_R.numel(), 1), expert)
-                weights_R1 = weights_TK.new_ones(token_R.numel(), 1)
-                flight = self._remote.ask(
-                    slot, self.layer, hidden_TD[token_R], index_R1, weights_R1
-                )
-                if span is not None:
-                    span.num_bytes = flight.num_bytes_sent
-            flights.append((name, token_R, weights_TK[token_R, choice_R], flight))
+            token_R, choice_R = (index_TK == expert).nonzero(as_tuple=True)
+            if token_R.numel() == 0:
+                continue
+            index_R1 = torch.full((token_R.numel(), 1), expert)
+            weights_R1 = weights_TK.new_ones(token_R.numel(), 1)
+            flight = self._remote.ask(slot, self.layer, hidden_TD[token_R], index_R1, weights_R1)
+            trace.lap("dispatch", slot, num_bytes=flight.num_bytes_sent)
+            flights.append((slot, token_R, weights_TK[token_R, choice_R], flight))
         out_TD = torch.zeros_like(hidden_TD)
-        for name, token_R, weights_R, flight in flights:
-            with maybe_span(trace, "wait", name) as span:
-                rows_RD = flight.result()
-            if trace is not None and span is not None:
-                trace.spans.append(
-                    Span("compute", name, span.end_s - flight.compute_s, span.end_s, 0)
-                )
-            with maybe_span(trace, "combine", name) as span:
-                if span is not None:
-                    span.num_bytes = flight.num_bytes_received
-                out_TD.index_add_(0, token_R, rows_RD * weights_R[:, None])
-        if trace is not None:
-            self.log.publish(trace)
+        for slot, token_R, weights_R, flight in flights:
+            rows_RD = flight.result()
+            trace.lap("wait", slot)
+            trace.was_beside(
+                "compute", slot, end_s=time.perf_counter(), duration_s=flight.compute_s
+            )
+            out_TD.index_add_(0, token_R, rows_RD * weights_R[:, None])
+            trace.lap("combine", slot, num_bytes=flight.num_bytes_received)
+        self.log.close(trace)
         return out_TD

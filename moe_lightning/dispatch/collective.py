@@ -8,8 +8,7 @@ A row travels to a rank once, however many of its experts are there, and one sum
 rank makes the same collectives in the same order, whatever its rows: none is legal.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple, Protocol, cast
 
@@ -18,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from typing_extensions import override
 
-from moe_lightning.dispatch.bookkeeping import LayerTrace, Part, RoutingLog, maybe_span
+from moe_lightning.dispatch.bookkeeping import LayerTrace, RoutingLog
 from moe_lightning.dispatch.dispatcher import Dispatcher
 from moe_lightning.dispatch.exchange import RowExchange
 from moe_lightning.dispatch.rank_routes import RankRoutes
@@ -88,7 +87,8 @@ class CollectiveDispatcher(Dispatcher):
         self.wire_dtype = wire_dtype
         self._same_rows = None if same_rows_group is None else SameRows(same_rows_group)
         self._experts_of_slot = experts_of_slot
-        self._name = f"rank {dist.get_rank()}"
+        self._slot = group.rank()
+        self._names = tuple(f"rank {rank}" for rank in dist.get_process_group_ranks(group))
         self._routes: RankRoutes | None = None  # made where the first rows are
 
     @override
@@ -117,17 +117,20 @@ class CollectiveDispatcher(Dispatcher):
         weights_TK: Tensor,
         meanwhile: Callable[[], None] | None,
     ) -> Tensor:
-        trace = None
-        if self.log.is_read:
-            trace = LayerTrace(self.layer, self.num_experts, index_TK, weights_TK)
+        here = self._slot
+        trace = self.log.open(
+            self.layer, self.num_experts, index_TK, weights_TK, slots=self._names, home=here
+        )
         chunks = self._plan(hidden_TD, index_TK, weights_TK, trace)
         sizes = [chunk.num_tokens for chunk in chunks]
         hidden = torch.split(hidden_TD, sizes)
         weights = torch.split(weights_TK, sizes)
 
         def send(number: int) -> Tensor:
-            with self._span(trace, "dispatch", chunks[number].exchange.num_bytes_out):
-                return chunks[number].exchange.send(hidden[number], weights[number])
+            exchange = chunks[number].exchange
+            ticket = exchange.send(hidden[number], weights[number])
+            trace.lap("dispatch", here, num_bytes=exchange.num_bytes_out)
+            return ticket
 
         # The order of these calls is the order of the collectives on all ranks, and its reverse is
         # that of backward. One chunk is computed, the next one and the last one's sums travel.
@@ -137,24 +140,28 @@ class CollectiveDispatcher(Dispatcher):
                 tickets.append(send(number + 1))
             if number == 0 and meanwhile is not None:
                 meanwhile()
-            with self._span(trace, "wait"):
-                rows_RD, weights_RK, index_RK = chunk.exchange.receive(tickets[number])
-            with self._span(trace, "compute"):
-                sums_RD = self._compute(rows_RD, index_RK, weights_RK)
-            with self._span(trace, "combine"):
-                tickets_back.append(chunk.exchange.send_back(sums_RD))
+                trace.lap("compute", here)
+            rows_RD, weights_RK, index_RK = chunk.exchange.receive(tickets[number])
+            trace.lap("wait", here)
+            sums_RD = self._compute(rows_RD, index_RK, weights_RK)
+            trace.lap("compute", here)
+            tickets_back.append(chunk.exchange.send_back(sums_RD))
+            trace.lap("combine", here)
         parts = []
         for chunk, ticket in zip(chunks, tickets_back, strict=True):
-            with self._span(trace, "wait"):
-                chunk.exchange.settle()
-            with self._span(trace, "combine", chunk.exchange.num_bytes_back):
-                parts.append(chunk.exchange.receive_back(ticket, chunk.token_S))
-        if trace is not None:
-            self.log.publish(trace)
+            chunk.exchange.settle()
+            trace.lap("wait", here)
+            parts.append(chunk.exchange.receive_back(ticket, chunk.token_S))
+            trace.lap("combine", here, num_bytes=chunk.exchange.num_bytes_back)
+            for slot, num_rows in enumerate(chunk.exchange.num_sent):
+                if slot != here:
+                    trace.moved(here, slot, num_rows * chunk.exchange.format.num_bytes)
+                    trace.moved(slot, here, num_rows * chunk.exchange.num_sum_bytes)
+        self.log.close(trace)
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _plan(
-        self, hidden_TD: Tensor, index_TK: Tensor, weights_TK: Tensor, trace: LayerTrace | None
+        self, hidden_TD: Tensor, index_TK: Tensor, weights_TK: Tensor, trace: LayerTrace
     ) -> list["_Chunk"]:
         if self._routes is None:
             self._routes = RankRoutes(
@@ -168,19 +175,20 @@ class CollectiveDispatcher(Dispatcher):
         ends = [num_tokens * c // self.num_chunks for c in range(self.num_chunks + 1)]
         sizes = [b - a for a, b in pairwise(ends)]
         message_bytes = 8 * (self.num_chunks + 1) * (self.group.size() - 1)
-        with self._span(trace, "dispatch", message_bytes):
-            slot_TK = routes.slots(index_TK)
-            is_sent_PT = routes.is_sent(slot_TK)
-            counts_PC = torch.stack(
-                [part.sum(1) for part in torch.split(is_sent_PT, sizes, dim=1)], dim=1
-            )
-            # Each rank's number of rows goes along, so that all ranks agree on whether to chunk.
-            sent_PX = torch.cat([counts_PC, torch.full_like(counts_PC[:, :1], num_tokens)], dim=1)
-            received_PX = torch.empty_like(sent_PX)
-            dist.all_to_all_single(received_PX, sent_PX, group=self.group)
-        with self._span(trace, "wait"):
-            # The one read of the layer: NCCL and memory want the sizes on the host.
-            sent, received = torch.stack([sent_PX, received_PX]).tolist()
+        slot_TK = routes.slots(index_TK)
+        trace.goes_to(slot_TK)
+        is_sent_PT = routes.is_sent(slot_TK)
+        counts_PC = torch.stack(
+            [part.sum(1) for part in torch.split(is_sent_PT, sizes, dim=1)], dim=1
+        )
+        # Each rank's number of rows goes along, so that all ranks agree on whether to chunk.
+        sent_PX = torch.cat([counts_PC, torch.full_like(counts_PC[:, :1], num_tokens)], dim=1)
+        received_PX = torch.empty_like(sent_PX)
+        trace.lap("dispatch", self._slot, num_bytes=message_bytes)
+        dist.all_to_all_single(received_PX, sent_PX, group=self.group)
+        # The one read of the layer: NCCL and memory want the sizes on the host.
+        sent, received = torch.stack([sent_PX, received_PX]).tolist()
+        trace.lap("wait", self._slot)
         if max(row[-1] for row in received) < self.chunk_rows:
             ends = [0, num_tokens]
             sent, received = ([[sum(row[:-1])] for row in rows] for rows in (sent, received))
@@ -213,13 +221,6 @@ class CollectiveDispatcher(Dispatcher):
             return torch.zeros_like(rows_RD)
         trained = [p for p in self.shard.experts.parameters() if p.requires_grad]
         return cast(Tensor, _NoRows.apply(rows_RD, weights_RK, *trained))  # type: ignore[no-untyped-call]
-
-    @contextmanager
-    def _span(self, trace: LayerTrace | None, part: Part, num_bytes: int = 0) -> Iterator[None]:
-        with maybe_span(trace, part, self._name) as span:
-            yield
-            if span is not None:
-                span.num_bytes = num_bytes
 
 
 class _Chunk(NamedTuple):

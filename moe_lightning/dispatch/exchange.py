@@ -79,7 +79,12 @@ class RowExchange:
     @property
     def num_bytes_back(self) -> int:
         """Bytes that come back from other ranks with their sums."""
-        return self._num_rows_away * self.format.width * self.format.dtype.itemsize
+        return self._num_rows_away * self.num_sum_bytes
+
+    @property
+    def num_sum_bytes(self) -> int:
+        """Bytes of one sum on its way back."""
+        return self.format.width * self.format.dtype.itemsize
 
     def send(self, hidden_TD: Tensor, weights_TK: Tensor) -> Tensor:
         """Send this rank's rows on their way.

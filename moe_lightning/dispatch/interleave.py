@@ -9,10 +9,12 @@ and it hands it over when it has to wait. Who waits longest gets it next.
 """
 
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
@@ -86,17 +88,37 @@ class Interleaver:
                 self._mine.baton = None
 
     @contextmanager
-    def away(self) -> Iterator[None]:
+    def away(self) -> Iterator["Absence"]:
         """Let other parts compute during the block, which only waits."""
+        absence = Absence()
         baton: _Baton | None = getattr(self._mine, "baton", None)
         if baton is None:
-            yield
+            yield absence
             return
+        left_s = time.perf_counter()
         baton.release()
         try:
-            yield
+            yield absence
         finally:
-            baton.acquire()
+            idle_s = baton.acquire()
+            absence.handed_over_s = max(0.0, time.perf_counter() - left_s - idle_s)
+
+
+@dataclass(slots=True)
+class Absence:
+    """A wait of one part.
+
+    Attributes:
+        handed_over_s: After the wait, how long of it another part was computed.
+    """
+
+    handed_over_s: float = 0.0
+
+
+@contextmanager
+def stay() -> Iterator[Absence]:
+    """A wait in which nobody else computes."""
+    yield Absence()
 
 
 class _StoppedError(RuntimeError):
@@ -114,19 +136,29 @@ class _Baton:
         self.failure: BaseException | None = None
         self._mutex = threading.Lock()
         self._is_taken = False
+        self._idle_since_s: float | None = None
         self._waiting: deque[threading.Lock] = deque()
 
-    def acquire(self) -> None:
+    def acquire(self) -> float:
+        """Take it.
+
+        Returns:
+            Seconds, until just now, in which nobody had it.
+        """
+        idle_s = 0.0
         with self._mutex:
             turn = threading.Lock()
             if self._is_taken:
                 turn.acquire()
                 self._waiting.append(turn)
+            elif self._idle_since_s is not None:
+                idle_s = time.perf_counter() - self._idle_since_s
             self._is_taken = True
         while self.failure is None and not turn.acquire(timeout=LOOK_AGAIN_S):
             pass
         if self.failure is not None:
             raise _StoppedError("another part of the batch has failed")
+        return idle_s
 
     def release(self) -> None:
         with self._mutex:
@@ -134,6 +166,7 @@ class _Baton:
                 self._waiting.popleft().release()
             else:
                 self._is_taken = False
+                self._idle_since_s = time.perf_counter()
 
     def drop(self, failure: BaseException) -> None:
         with self._mutex:

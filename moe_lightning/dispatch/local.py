@@ -5,7 +5,7 @@ from collections.abc import Callable
 from torch import Tensor
 from typing_extensions import override
 
-from moe_lightning.dispatch.bookkeeping import LayerTrace, RoutingLog
+from moe_lightning.dispatch.bookkeeping import RoutingLog
 from moe_lightning.dispatch.dispatcher import Dispatcher
 from moe_lightning.experts import ExpertShard
 
@@ -33,10 +33,10 @@ class LocalDispatcher(Dispatcher):
         weights_TK: Tensor,
         meanwhile: Callable[[], None] | None = None,
     ) -> Tensor:
-        if not self.log.is_read:
-            return self.shard.compute(hidden_TD, index_TK, weights_TK)
-        trace = LayerTrace(self.layer, self.num_experts, index_TK, weights_TK)
-        with trace.span("compute", str(hidden_TD.device)):
-            out_TD = self.shard.compute(hidden_TD, index_TK, weights_TK)
-        self.log.publish(trace)
+        trace = self.log.open(
+            self.layer, self.num_experts, index_TK, weights_TK, slots=(str(hidden_TD.device),)
+        )
+        out_TD = self.shard.compute(hidden_TD, index_TK, weights_TK)
+        trace.lap("compute", 0)
+        self.log.close(trace)
         return out_TD

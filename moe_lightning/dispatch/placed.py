@@ -7,15 +7,15 @@ home's own share meanwhile ─┴─▶ summed in the order of the slots
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from functools import partial
 
+import torch
 from torch import Tensor
 from typing_extensions import override
 
-from moe_lightning.dispatch.bookkeeping import LayerTrace, RoutingLog, maybe_span
+from moe_lightning.dispatch.bookkeeping import LayerTrace, RoutingLog
 from moe_lightning.dispatch.dispatcher import Dispatcher
-from moe_lightning.dispatch.interleave import Interleaver
+from moe_lightning.dispatch.interleave import Interleaver, stay
 from moe_lightning.dispatch.plan import LayerRoutes, Share
 from moe_lightning.dispatch.slots import Compute, Finish, Slot
 from moe_lightning.experts import ExpertShard
@@ -48,7 +48,8 @@ class PlacedDispatcher(Dispatcher):
         super().__init__(layer=layer, num_experts=num_experts, log=log)
         self.shards = dict(shards)
         self.slots = slots
-        self._away = nullcontext if interleaver is None else interleaver.away
+        self._names = tuple(slot.name for slot in slots)
+        self._away = stay if interleaver is None else interleaver.away
         experts_of_slot = {slot: shard.expert_ids for slot, shard in shards.items()}
         self._routes = LayerRoutes(num_experts, experts_of_slot, device=slots[0].home)
         # Everything at home and in order: there is nothing to plan.
@@ -63,61 +64,63 @@ class PlacedDispatcher(Dispatcher):
         weights_TK: Tensor,
         meanwhile: Callable[[], None] | None = None,
     ) -> Tensor:
-        trace = None
-        if self.log.is_read:
-            trace = LayerTrace(self.layer, self.num_experts, index_TK, weights_TK)
+        trace = self.log.open(self.layer, self.num_experts, index_TK, weights_TK, slots=self._names)
         if self._only is not None:
-            out_TD = self._compute(0, trace)(hidden_TD, index_TK, weights_TK)
+            out_TD = self._only.compute(hidden_TD, index_TK, weights_TK)
+            trace.lap("compute", 0)
         else:
+            slot_TK = self._routes.slots(index_TK)
+            trace.goes_to(slot_TK)
             flights = [
                 (share, self._start(share, hidden_TD, trace))
-                for share in self._routes.shares(index_TK, weights_TK)
+                for share in self._routes.shares(index_TK, weights_TK, slot_TK)
             ]
             if meanwhile is not None and flights:
                 meanwhile()
+                trace.lap("compute", 0)
             out_TD = self._combine(flights, hidden_TD, trace)
-        if trace is not None:
-            self.log.publish(trace)
+        self.log.close(trace)
         return out_TD
 
-    def _start(self, share: Share, hidden_TD: Tensor, trace: LayerTrace | None) -> Finish:
+    def _start(self, share: Share, hidden_TD: Tensor, trace: LayerTrace) -> Finish:
         slot = self.slots[share.slot]
-        with maybe_span(trace, "dispatch", slot.name) as span:
-            rows_RD = share.rows(hidden_TD)
-            if span is not None and share.slot != 0:
-                span.num_bytes = sum(t.nbytes for t in (rows_RD, share.index_RK, share.weights_RK))
-            compute = self._compute(share.slot, trace)
-            return slot.start(compute, rows_RD, share.index_RK, share.weights_RK)
-
-    def _compute(self, slot: int, trace: LayerTrace | None) -> Compute:
-        compute = self.shards[slot].compute
-        return compute if trace is None else partial(_traced, compute, trace, self.slots[slot].name)
+        compute = self.shards[share.slot].compute
+        rows_RD = share.rows(hidden_TD)
+        num_bytes = 0
+        if share.slot != 0:
+            num_bytes = sum(t.nbytes for t in (rows_RD, share.index_RK, share.weights_RK))
+            compute = partial(_timed, compute, trace, share.slot, slot.device)
+        finish = slot.start(compute, rows_RD, share.index_RK, share.weights_RK)
+        trace.lap("dispatch", share.slot, num_bytes=num_bytes)
+        return finish
 
     def _combine(
-        self, flights: list[tuple[Share, Finish]], hidden_TD: Tensor, trace: LayerTrace | None
+        self, flights: list[tuple[Share, Finish]], hidden_TD: Tensor, trace: LayerTrace
     ) -> Tensor:
         out_TD: Tensor | None = None
         for share, finish in flights:  # home comes first: it computes while the others do
-            name = self.slots[share.slot].name
+            num_bytes = 0
             if share.slot == 0:
                 part_RD = finish()
+                trace.lap("compute", 0)
             else:
-                with maybe_span(trace, "wait", name), self._away():
+                with self._away() as absence:
                     part_RD = finish()
-            with maybe_span(trace, "combine", name) as span:
-                if span is not None and share.slot != 0:
-                    span.num_bytes = part_RD.nbytes
-                out_TD = share.add(part_RD, out_TD, hidden_TD)
+                trace.lap("wait", share.slot, handed_over_s=absence.handed_over_s)
+                num_bytes = part_RD.nbytes
+            out_TD = share.add(part_RD, out_TD, hidden_TD)
+            trace.lap("combine", share.slot, num_bytes=num_bytes)
         return hidden_TD.new_zeros(hidden_TD.shape) if out_TD is None else out_TD
 
 
-def _traced(
+def _timed(
     compute: Compute,
     trace: LayerTrace,
-    slot: str,
+    slot: int,
+    device: torch.device,
     rows_RD: Tensor,
     index_RK: Tensor,
     weights_RK: Tensor,
 ) -> Tensor:
-    with trace.span("compute", slot):
+    with trace.beside("compute", slot, device):
         return compute(rows_RD, index_RK, weights_RK)

@@ -116,20 +116,36 @@ class LayerRoutes:
             device=device,
         )
 
-    def shares(self, index_TK: Tensor, weights_TK: Tensor) -> list[Share]:
-        """Split one pass of the layer.
+    def slots(self, index_TK: Tensor) -> Tensor:
+        """The slot that computes each pair.
 
         Args:
             index_TK: Logical expert of each pair; the number of experts where a pair is to be
                 computed nowhere.
+
+        Returns:
+            ``[T, K]`` int64.
+        """
+        picks_rows = index_TK.shape[0] >= self._select_tokens
+        return self._balanced_slots(index_TK) if picks_rows else self._fixed_slots(index_TK)
+
+    def shares(
+        self, index_TK: Tensor, weights_TK: Tensor, slot_TK: Tensor | None = None
+    ) -> list[Share]:
+        """Split one pass of the layer.
+
+        Args:
+            index_TK: Logical expert of each pair.
             weights_TK: Router weights.
+            slot_TK: What :meth:`slots` gave; None asks it.
 
         Returns:
             The shares, in the order of the slots; slots without rows are left out where that is
             known.
         """
         picks_rows = index_TK.shape[0] >= self._select_tokens
-        slot_TK = self._balanced_slots(index_TK) if picks_rows else self._fixed_slots(index_TK)
+        if slot_TK is None:
+            slot_TK = self.slots(index_TK)
         shares = []
         for slot, names_E in self._names_E.items():
             is_here_TK = slot_TK == slot

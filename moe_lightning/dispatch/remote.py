@@ -10,16 +10,15 @@ The rows of a worker that is lost go, as they were, to those who hold or adopt i
 
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Protocol
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
-from moe_lightning.dispatch.bookkeeping import LayerTrace, RoutingLog, Span, maybe_span
+from moe_lightning.dispatch.bookkeeping import LayerTrace, RoutingLog
 from moe_lightning.dispatch.dispatcher import Dispatcher
-from moe_lightning.dispatch.interleave import Interleaver
+from moe_lightning.dispatch.interleave import Interleaver, stay
 from moe_lightning.dispatch.plan import LayerRoutes, Share
 from moe_lightning.experts import HeldExperts
 from moe_lightning.transport.transport import WorkerLost
@@ -106,7 +105,7 @@ class RemoteDispatcher(Dispatcher):
     ) -> None:
         super().__init__(layer=layer, num_experts=num_experts, log=log)
         self.remote = remote
-        self._away = nullcontext if interleaver is None else interleaver.away
+        self._away = stay if interleaver is None else interleaver.away
 
     @override
     def __call__(
@@ -116,12 +115,16 @@ class RemoteDispatcher(Dispatcher):
         weights_TK: Tensor,
         meanwhile: Callable[[], None] | None = None,
     ) -> Tensor:
-        trace = None
-        if self.log.is_read:
-            trace = LayerTrace(self.layer, self.num_experts, index_TK, weights_TK)
+        trace = self.log.open(
+            self.layer,
+            self.num_experts,
+            index_TK,
+            weights_TK,
+            slots=self.remote.names,
+            home=self.remote.home,
+        )
         out_TD = self._compute(hidden_TD, index_TK, weights_TK, meanwhile, trace)
-        if trace is not None:
-            self.log.publish(trace)
+        self.log.close(trace)
         return out_TD
 
     def _compute(
@@ -130,67 +133,68 @@ class RemoteDispatcher(Dispatcher):
         index_TK: Tensor,
         weights_TK: Tensor,
         meanwhile: Callable[[], None] | None,
-        trace: LayerTrace | None,
+        trace: LayerTrace,
     ) -> Tensor:
-        shares = self.remote.routes(self.layer).shares(index_TK, weights_TK)
+        home = self.remote.home
+        routes = self.remote.routes(self.layer)
+        slot_TK = routes.slots(index_TK)
+        if trace.slot_TK is None:  # rows that are sent again have been counted
+            trace.goes_to(slot_TK)
+        shares = routes.shares(index_TK, weights_TK, slot_TK)
         flights = [
-            (share, self._send(share, hidden_TD, trace))
+            (share, self._send(share, hidden_TD, trace), time.perf_counter())
             for share in shares
-            if share.slot != self.remote.home
+            if share.slot != home
         ]
         if meanwhile is not None and flights:
             meanwhile()
+            trace.lap("compute", home)
         out_TD: Tensor | None = None
         for share in shares:
-            if share.slot == self.remote.home:
-                part_RD = self._compute_at_home(share, hidden_TD, trace)
+            if share.slot == home:
+                held = self.remote.held_at_home(self.layer)
+                part_RD = held.compute(share.rows(hidden_TD), share.index_RK, share.weights_RK)
                 out_TD = share.add(part_RD, out_TD, hidden_TD)
-        for share, flight in flights:
-            part_RD = self._receive(share, flight, hidden_TD, trace)
-            with maybe_span(trace, "combine", self.remote.names[share.slot]) as span:
-                if span is not None and not isinstance(flight, WorkerLost):
-                    span.num_bytes = flight.num_bytes_received
-                out_TD = share.add(part_RD, out_TD, hidden_TD)
+                trace.lap("compute", home)
+        for share, flight, left_s in flights:
+            part_RD = self._receive(share, flight, left_s, hidden_TD, trace)
+            out_TD = share.add(part_RD, out_TD, hidden_TD)
+            num_bytes = 0 if isinstance(flight, WorkerLost) else flight.num_bytes_received
+            trace.lap("combine", share.slot, num_bytes=num_bytes)
         return torch.zeros_like(hidden_TD) if out_TD is None else out_TD
 
-    def _compute_at_home(self, share: Share, hidden_TD: Tensor, trace: LayerTrace | None) -> Tensor:
-        held = self.remote.held_at_home(self.layer)
-        with maybe_span(trace, "compute", self.remote.names[share.slot]):
-            return held.compute(share.rows(hidden_TD), share.index_RK, share.weights_RK)
-
-    def _send(
-        self, share: Share, hidden_TD: Tensor, trace: LayerTrace | None
-    ) -> Flight | WorkerLost:
-        with maybe_span(trace, "dispatch", self.remote.names[share.slot]) as span:
-            rows_RD = share.rows(hidden_TD)
-            try:
-                flight = self.remote.ask(
-                    share.slot, self.layer, rows_RD, share.index_RK, share.weights_RK
-                )
-            except WorkerLost as lost:
-                return lost  # the other workers' rows leave first
-            if span is not None:
-                span.num_bytes = flight.num_bytes_sent
-            return flight
+    def _send(self, share: Share, hidden_TD: Tensor, trace: LayerTrace) -> Flight | WorkerLost:
+        rows_RD = share.rows(hidden_TD)
+        try:
+            flight = self.remote.ask(
+                share.slot, self.layer, rows_RD, share.index_RK, share.weights_RK
+            )
+        except WorkerLost as lost:
+            trace.lap("dispatch", share.slot)
+            return lost  # the other workers' rows leave first
+        trace.lap("dispatch", share.slot, num_bytes=flight.num_bytes_sent)
+        return flight
 
     def _receive(
         self,
         share: Share,
         flight: Flight | WorkerLost,
+        left_s: float,
         hidden_TD: Tensor,
-        trace: LayerTrace | None,
+        trace: LayerTrace,
     ) -> Tensor:
-        name = self.remote.names[share.slot]
         try:
             if isinstance(flight, WorkerLost):
                 raise flight
-            with maybe_span(trace, "wait", name), self._away():
+            with self._away() as absence:
                 part_RD = flight.result()
+                now_s = time.perf_counter()
+            trace.lap("wait", share.slot, handed_over_s=absence.handed_over_s)
         except WorkerLost as lost:
             self.remote.recover(lost.worker)
+            trace.lap("wait", share.slot)
             rows_RD = share.rows(hidden_TD)
             return self._compute(rows_RD, share.index_RK, share.weights_RK, None, trace)
-        if trace is not None:
-            now_s = time.perf_counter()
-            trace.spans.append(Span("compute", name, now_s - flight.compute_s, now_s, 0))
+        trace.was_beside("compute", share.slot, end_s=now_s, duration_s=flight.compute_s)
+        trace.was_under_way(share.slot, now_s - left_s - flight.compute_s)
         return part_RD

@@ -289,3 +289,58 @@ def test_interrupts_at_any_moment_neither_hang_nor_spoil_the_next_batch(interrup
         timer.join()
         assert turns.run([lambda: 1, lambda: 2, lambda: 3]) == [1, 2, 3]
     assert num_interrupted > 50, "else this says little"
+
+
+# What a wait costs.
+
+
+def test_a_wait_is_told_how_long_of_it_another_part_was_computed():
+    turns = interleaver(2)
+    absences, has_left, computes = {}, threading.Event(), threading.Event()
+
+    def first():
+        with turns.away() as absences["first"]:
+            has_left.set()
+            computes.wait(LONG_ENOUGH_S)
+
+    def second():
+        with turns.away():
+            has_left.wait(LONG_ENOUGH_S)
+        computes.set()
+        time.sleep(0.2)  # has the baton
+
+    turns.run([first, second])
+    # The first comes back at once and waits for the second.
+    assert 0.15 < absences["first"].handed_over_s < LONG_ENOUGH_S
+
+
+def test_nobody_computes_while_all_wait():
+    turns = interleaver(2)
+    absences, starts = {}, {}
+
+    both = threading.Barrier(2)
+
+    def part(name, seconds):
+        def wait():
+            with turns.away():
+                both.wait(LONG_ENOUGH_S)  # both threads are there
+            starts[name] = time.perf_counter()
+            with turns.away() as absences[name]:
+                time.sleep(seconds)
+            starts[f"{name} is back"] = time.perf_counter()
+
+        return wait
+
+    turns.run([part("first", 0.3), part("second", 0.1)])
+    stood_still_s = sum(
+        starts[f"{name} is back"] - starts[name] - absences[name].handed_over_s
+        for name in ("first", "second")
+    )
+    # Both were away for 0.1 s, and the first for 0.2 s more: each moment counts once.
+    assert stood_still_s == pytest.approx(0.3, abs=0.08)
+
+
+def test_a_wait_alone_hands_nothing_over():
+    with interleaver().away() as absence:
+        time.sleep(0.01)
+    assert absence.handed_over_s == 0

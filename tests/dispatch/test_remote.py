@@ -386,12 +386,20 @@ def test_a_trace_has_each_part_of_each_slot_with_the_bytes_that_moved():
         ("dispatch", "w2", 3 * SENT_BYTES),
         ("compute", "master", 0),
         ("wait", "w0", 0),
-        ("compute", "w0", 0),
         ("combine", "w0", 1 * RECEIVED_BYTES),
         ("wait", "w2", 0),
-        ("compute", "w2", 0),
         ("combine", "w2", 3 * RECEIVED_BYTES),
+        ("compute", "w0", 0),
+        ("compute", "w2", 0),
     ]
+    assert [span.is_home for span in trace.spans] == [True] * 7 + [False] * 2
+    w0, w2, master = (trace.slots.index(name) for name in ("w0", "w2", "master"))
+    assert trace.links == {
+        (master, w0): SENT_BYTES,
+        (master, w2): 3 * SENT_BYTES,
+        (w0, master): RECEIVED_BYTES,
+        (w2, master): 3 * RECEIVED_BYTES,
+    }
     for span in trace.spans:
         assert span.start_s <= span.end_s
     computed = [span for span in trace.spans if (span.part, span.slot) == ("compute", "w0")]

@@ -169,7 +169,7 @@ def test_the_naive_way_sums_up_what_the_experts_give():
     from moe_lightning.dispatch import RoutingLog
 
     class Workers:
-        names = ("one", "two", "master")
+        names, home = ("one", "two", "master"), 2
 
         def ask(self, slot, layer, rows_RD, index_RK, weights_RK):
             assert index_RK.shape[1] == 1
