@@ -58,6 +58,7 @@ class RoutingBalance(Callback):
         self._log: RoutingLog | None = None
         self._counts: RoutingCounts | None = None
         self._num_pauses = 0
+        self._is_to_be_shown = False
 
     # Predict.
 
@@ -186,7 +187,16 @@ class RoutingBalance(Callback):
         if self.record:
             recording = Recording(_as_arrays(intervals), _as_arrays(counts.pairs()))
             save_recording(directory / "routing.npz", recording)
+        self._is_to_be_shown = True
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if not self._is_to_be_shown or self.summary is None:
+            return
+        self._is_to_be_shown = False
+        # Now, when the progress bar and the clock of the run have ended.
         if self.picture:
+            directory = Path(self.output_dir or trainer.default_root_dir)
             draw_routing(directory / "routing_balance.png", self.summary)
         print(self.summary.table(), file=sys.stderr)
 
