@@ -31,6 +31,7 @@ from moe_lightning.tasks import Task
 ALONE = (
     "cli/test_faults",
     "cli/test_finetune_configs",
+    "cli/test_plan_from",
     "cli/test_rank",
     "cli/test_rpc",
     "cli/test_sharded",

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
+from moe_lightning.cli import plan_placement
 from moe_lightning.cli.plain_words import plain_words
 from moe_lightning.errors import UsageError
 from moe_lightning.experts.names import BackendName
@@ -35,6 +36,8 @@ def run(arguments: Sequence[str]) -> int:
         UsageError: If an option is wrong.
         CheckpointError: If there is no such checkpoint, or no config that can be used.
     """
+    if any(word.split("=")[0] == "--from" for word in arguments):
+        return plan_placement.run(arguments)
     try:
         options = _parser().parse_args(list(arguments))
     except ArgumentError as error:
@@ -74,7 +77,8 @@ def _parser() -> ArgumentParser:
         prog="python -m moe_lightning plan",
         exit_on_error=False,
         description="Print what every strategy would need for a checkpoint on some devices, and "
-        "which one moe_auto would choose. Reads config.json and headers, no weights.",
+        "which one moe_auto would choose. Reads config.json and headers, no weights. With --from "
+        "routing.npz it plans a placement of experts instead: see --from routing.npz --help.",
     )
     parser.add_argument(
         "--model.checkpoint",

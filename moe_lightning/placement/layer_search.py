@@ -8,150 +8,21 @@ the slots' loads, which can only be better than what is planned.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from heapq import heapify, heappop, heappush
-from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
-Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
-Bools = NDArray[np.bool_]
+from moe_lightning.placement.layer_problem import (
+    NEAR,
+    Bools,
+    LayerProblem,
+    fill,
+    lower_bound,
+    split_time,
+)
 
-_NEAR = 1e-9  # relative; less is rounding
 _GOOD = 1.002  # times the lower bound: no more kicks
 _MAX_ELEMENTS = 200_000  # of a table of candidates
 _TAKES_REPLICA = 0.4  # share of kicks
-
-
-@dataclass(frozen=True)
-class LayerProblem:
-    """What is to be placed, and where it may go.
-
-    Attributes:
-        load_E: Rows of each expert.
-        num_copies: Copies at most, the first of each expert included.
-        speed_S: Speed of each slot; its time is its rows over its speed.
-        limit_S: Experts at most on each slot.
-        node_E: Node of each expert; its copies stay there.
-        node_S: Node of each slot.
-    """
-
-    load_E: Floats
-    num_copies: int
-    speed_S: Floats
-    limit_S: Ints
-    node_E: Ints
-    node_S: Ints
-
-    @classmethod
-    def of(
-        cls, load_E: Floats, num_copies: int, speed_S: Floats, limit_S: Ints | None = None
-    ) -> "LayerProblem":
-        """The problem without nodes; by default slots hold experts in proportion to their speed."""
-        num_experts, num_slots = len(load_E), len(speed_S)
-        num_copies = min(num_copies, num_experts * num_slots)
-        if limit_S is None:
-            share_S = num_copies * speed_S / speed_S.sum()
-            limit_S = np.ceil(share_S - _NEAR * num_copies).astype(np.int64).clip(1, num_experts)
-            while limit_S.sum() < num_copies:
-                limit_S[np.where(limit_S < num_experts, limit_S, num_experts + 1).argmin()] += 1
-        nodes = np.zeros(num_experts, np.int64), np.zeros(num_slots, np.int64)
-        return cls(load_E, num_copies, speed_S, limit_S, *nodes)
-
-    def on_nodes(self, node_E: Ints, node_S: Ints) -> "LayerProblem":
-        """The problem with every expert bound to a node; limits grow where that needs it."""
-        limit_S = self.limit_S.copy()
-        for node in range(node_S.max() + 1):
-            here_S = node_S == node
-            if limit_S[here_S].sum() < (node_E == node).sum():
-                limit_S[here_S] = -(-(node_E == node).sum() // here_S.sum())
-        return replace(self, node_E=node_E, node_S=node_S, limit_S=limit_S)
-
-    def share_E(self, held_ES: Bools) -> Floats:
-        """Rows of each copy of each expert."""
-        return self.load_E / held_ES.sum(axis=1)
-
-    def time_S(self, held_ES: Bools) -> Floats:
-        """Rows over speed of each slot."""
-        time: Floats = self.share_E(held_ES) @ held_ES / self.speed_S
-        return time
-
-
-def num_copies_of(problem: LayerProblem) -> list[int]:
-    """Copies of each expert: again and again one more of that with the most rows a copy.
-
-    EPLB's ``replicate_experts``. It makes the largest rows a copy as small as can be.
-    """
-    copies = [1] * len(problem.load_E)
-    room = [
-        int(problem.limit_S[problem.node_S == node].sum() - (problem.node_E == node).sum())
-        for node in range(problem.node_S.max() + 1)
-    ]
-    slots = np.bincount(problem.node_S).tolist()
-    heap = [(-float(load), 1, expert) for expert, load in enumerate(problem.load_E)]
-    heapify(heap)
-    left = problem.num_copies - len(copies)
-    while heap and left > 0:
-        _, num, expert = heappop(heap)
-        node = int(problem.node_E[expert])
-        if num < slots[node] and room[node] > 0:
-            copies[expert] = num + 1
-            room[node] -= 1
-            left -= 1
-            heappush(heap, (-float(problem.load_E[expert]) / (num + 1), num + 1, expert))
-    return copies
-
-
-def fill(problem: LayerProblem, *, doubles: Literal["never", "merged"] = "never") -> Bools:
-    """Place copies greedily: largest first, each on the slot that would be done with it first.
-
-    EPLB's ``balanced_packing``, without doubles.
-
-    Args:
-        problem: What is to be placed.
-        doubles: Whether a second copy of an expert on a slot is placed elsewhere, or left out: then
-            there are fewer copies than there may be.
-
-    Returns:
-        Whether a slot holds an expert, ``[E, S]``.
-    """
-    copies = num_copies_of(problem)
-    share_E = problem.load_E / np.array(copies)
-    held_ES = np.zeros((len(copies), len(problem.speed_S)), np.bool_)
-    time_S, num_S = np.zeros(len(problem.speed_S)), np.zeros(len(problem.speed_S), np.int64)
-    for expert in np.lexsort((np.arange(len(copies)), -share_E)).tolist():
-        for _ in range(copies[expert]):
-            open_S = (problem.node_S == problem.node_E[expert]) & (num_S < problem.limit_S)
-            if doubles == "never":
-                open_S &= ~held_ES[expert]
-            if not open_S.any():
-                slot = _make_room(problem, held_ES, num_S, expert)
-                held_ES[expert, slot] = True
-                num_S = held_ES.sum(axis=0)
-                time_S = share_E @ held_ES / problem.speed_S
-                continue
-            after_S = np.where(open_S, time_S + share_E[expert] / problem.speed_S, np.inf)
-            first_S = after_S <= after_S.min() * (1 + _NEAR)
-            slot = int(np.where(first_S, (num_S + 1) / problem.speed_S, np.inf).argmin())
-            held_ES[expert, slot] = True
-            num_S[slot] += 1
-            time_S[slot] = after_S[slot]
-    return held_ES
-
-
-def _make_room(problem: LayerProblem, held_ES: Bools, num_S: Ints, expert: int) -> int:
-    """Where all slots with room have an expert already, let a full slot give another one away."""
-    here_S = problem.node_S == problem.node_E[expert]
-    open_slot = int(np.flatnonzero(here_S & (num_S < problem.limit_S))[0])
-    for slot in np.flatnonzero(here_S & ~held_ES[expert]):
-        other_E = np.flatnonzero(held_ES[:, slot] & ~held_ES[:, open_slot])
-        if len(other_E):
-            held_ES[other_E[-1], slot] = False
-            held_ES[other_E[-1], open_slot] = True
-            return int(slot)
-    raise AssertionError("a full slot holds more experts than one with room")
 
 
 def improve(problem: LayerProblem, held_ES: Bools) -> Iterator[Bools]:
@@ -177,7 +48,7 @@ def improve(problem: LayerProblem, held_ES: Bools) -> Iterator[Bools]:
 
 
 def _move_or_swap(problem: LayerProblem, held_ES: Bools) -> Bools | None:
-    time_S, share_E = problem.time_S(held_ES), problem.share_E(held_ES)
+    time_S, share_E = problem.times(held_ES), problem.shares(held_ES)
     busy = int(time_S.argmax())
     own_N = np.flatnonzero(held_ES[:, busy] & (share_E > 0))
     if not len(own_N):
@@ -197,7 +68,7 @@ def _move_or_swap(problem: LayerProblem, held_ES: Bools) -> Bools | None:
     )
     after_NP[held_ES[own_N[:, None], slot_P[None, :]]] = np.inf
     best_move, best_swap = after_NS.min(initial=np.inf), after_NP.min(initial=np.inf)
-    if min(best_move, best_swap) >= time_S[busy] * (1 - _NEAR):
+    if min(best_move, best_swap) >= time_S[busy] * (1 - NEAR):
         return None
     held_ES = held_ES.copy()
     if best_move <= best_swap:
@@ -212,7 +83,7 @@ def _move_or_swap(problem: LayerProblem, held_ES: Bools) -> Bools | None:
 
 def _give_replica(problem: LayerProblem, held_ES: Bools) -> Bools | None:
     """One more copy of an expert, in a free place or in that of another's replica."""
-    time_S, num_E, load_E = problem.time_S(held_ES), held_ES.sum(axis=1), problem.load_E
+    time_S, num_E, load_E = problem.times(held_ES), held_ES.sum(axis=1), problem.load_E
     speed_S, num_S = problem.speed_S, held_ES.sum(axis=0)
     busy = int(time_S.argmax())
     # Places: (what leaves, where); nothing leaves where there is room and a copy to spare.
@@ -229,10 +100,10 @@ def _give_replica(problem: LayerProblem, held_ES: Bools) -> Bools | None:
         return None
     is_small = base_PS.size * len(load_E) <= _MAX_ELEMENTS
     takers = np.flatnonzero(load_E > 0 if is_small else held_ES[:, busy] & (load_E > 0))
-    best, found = (time_S[busy] * (1 - _NEAR), np.inf), None
-    if np.isclose(time_S, time_S[busy], rtol=_NEAR, atol=0).sum() > 1:
+    best, found = (time_S[busy] * (1 - NEAR), np.inf), None
+    if np.isclose(time_S, time_S[busy], rtol=NEAR, atol=0).sum() > 1:
         # Others are as busy: the sum of squares tells whether this brings them closer to the rest.
-        best = (time_S[busy] * (1 + _NEAR), float((time_S**2).sum()) * (1 - _NEAR))
+        best = (time_S[busy] * (1 + NEAR), float((time_S**2).sum()) * (1 - NEAR))
     for taker in takers:
         ok_P = ~held_ES[taker, slot_P] & (problem.node_S[slot_P] == problem.node_E[taker])
         if not ok_P.any():
@@ -243,7 +114,7 @@ def _give_replica(problem: LayerProblem, held_ES: Bools) -> Bools | None:
         max_P, squares_P = after_PS.max(axis=1), (after_PS**2).sum(axis=1)
         first = int(np.lexsort((squares_P, max_P))[0])
         value = (float(max_P[first]), float(squares_P[first]))
-        if value[0] < best[0] * (1 - _NEAR) or (value[0] <= best[0] and value[1] < best[1]):
+        if value[0] < best[0] * (1 - NEAR) or (value[0] <= best[0] and value[1] < best[1]):
             best, found = value, (taker, np.flatnonzero(ok_P)[first])
     if found is None:
         return None
@@ -268,17 +139,10 @@ def drop_surplus(problem: LayerProblem, held_ES: Bools) -> Bools:
         spare_ES = held_ES & (held_ES.sum(axis=1) > 1)[:, None] & (over_S | is_surplus)
         if not spare_ES.any():
             return held_ES
-        lost_E = np.where(spare_ES.any(axis=1), problem.share_E(held_ES), np.inf)
+        lost_E = np.where(spare_ES.any(axis=1), problem.shares(held_ES), np.inf)
         expert = int(lost_E.argmin())
-        time_S = np.where(spare_ES[expert], problem.time_S(held_ES), -np.inf)
+        time_S = np.where(spare_ES[expert], problem.times(held_ES), -np.inf)
         held_ES[expert, time_S.argmax()] = False
-
-
-def lower_bound(problem: LayerProblem) -> float:
-    """A time that no placement can be better than, rows split equally over copies."""
-    share = float((problem.load_E / np.array(num_copies_of(problem))).max(initial=0))
-    mean = float(problem.load_E.sum() / problem.speed_S.sum())
-    return max(mean, share / float(problem.speed_S.max()))
 
 
 def search(problem: LayerProblem, *, num_kicks: int, start_ES: Bools | None = None) -> Bools:
@@ -292,19 +156,24 @@ def search(problem: LayerProblem, *, num_kicks: int, start_ES: Bools | None = No
     Returns:
         Whether a slot holds an expert, ``[E, S]``.
     """
-    starts = [fill(problem), fill(problem, doubles="merged")] if start_ES is None else [start_ES]
+    merged_ES, doubled_time = fill(problem, doubles="merged")
+    starts = [fill(problem)[0], merged_ES] if start_ES is None else [start_ES]
     ends = [last(problem, held_ES) for held_ES in starts]
-    best_ES = min(ends, key=lambda held_ES: float(problem.time_S(held_ES).max()))
+    best_ES = min(ends, key=lambda held_ES: float(problem.times(held_ES).max()))
     enough = lower_bound(problem) * _GOOD
     random = np.random.default_rng(0)
-    best = float(problem.time_S(best_ES).max())
+    best = float(problem.times(best_ES).max())
     for _ in range(num_kicks):
         if best <= enough or len(problem.speed_S) == 1:
             break
         held_ES = last(problem, _kicked(problem, best_ES, random))
-        value = float(problem.time_S(held_ES).max())
+        value = float(problem.times(held_ES).max())
         if value <= best:
             best, best_ES = value, held_ES
+    # Two copies on one slot are a way to split rows 2 : 1, which equal shares do not know of; a run
+    # splits rows as is best.
+    if best > doubled_time * (1 + NEAR) and split_time(problem, best_ES) > doubled_time:
+        return merged_ES
     return best_ES
 
 
@@ -318,7 +187,7 @@ def last(problem: LayerProblem, held_ES: Bools) -> Bools:
 def _kicked(problem: LayerProblem, held_ES: Bools, random: np.random.Generator) -> Bools:
     """Swap copies with random others, the busiest slot's first, or give a replica away."""
     held_ES = held_ES.copy()
-    busy = int(problem.time_S(held_ES).argmax())
+    busy = int(problem.times(held_ES).argmax())
     node_S = problem.node_S
     for number in range(int(random.integers(1, 4))):
         expert_P, slot_P = np.nonzero(held_ES)
@@ -341,3 +210,31 @@ def _kicked(problem: LayerProblem, held_ES: Bools, random: np.random.Generator) 
             held_ES[expert_P[a], slot_P[a]] = held_ES[expert_P[b], slot_P[b]] = False
             held_ES[expert_P[a], slot_P[b]] = held_ES[expert_P[b], slot_P[a]] = True
     return held_ES
+
+
+def use_all_copies(problem: LayerProblem, held_ES: Bools) -> Bools:
+    """Add copies where they do the least harm, until there are as many as there may be.
+
+    The search stops short of that where one more copy does not help.
+
+    Args:
+        problem: What is placed; its limits leave no more room than the number of copies takes.
+        held_ES: Where.
+
+    Returns:
+        The placement with all copies.
+    """
+    held_ES = held_ES.copy()
+    while held_ES.sum() < problem.num_copies:
+        is_open_S = held_ES.sum(axis=0) < problem.limit_S
+        is_home_ES = problem.node_E[:, None] == problem.node_S
+        best, found = np.inf, None
+        for expert, slot in np.argwhere(~held_ES & is_open_S & is_home_ES).tolist():
+            held_ES[expert, slot] = True
+            value = float(problem.times(held_ES).max())
+            held_ES[expert, slot] = False
+            if value < best:
+                best, found = value, (expert, slot)
+        assert found is not None, "a slot with room lacks an expert"
+        held_ES[found] = True
+    return last(problem, held_ES)

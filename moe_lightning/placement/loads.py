@@ -80,7 +80,12 @@ def check_loads(loads: Mapping[int, Sequence[float]], num_experts: Mapping[int, 
             _as_load(load, where=f"loads: layer {layer}, expert {expert}")
 
 
-def imbalance(placement: ExpertPlacement, loads: Mapping[int, Sequence[float]]) -> dict[int, float]:
+def imbalance(
+    placement: ExpertPlacement,
+    loads: Mapping[int, Sequence[float]],
+    *,
+    speeds: Sequence[float] | None = None,
+) -> dict[int, float]:
     """Return the load of the busiest slot over the mean slot's, for each layer.
 
     1 is perfect and `num_slots` the worst. The replicas of an expert share its load equally.
@@ -88,6 +93,7 @@ def imbalance(placement: ExpertPlacement, loads: Mapping[int, Sequence[float]]) 
     Args:
         placement: The placement.
         loads: The load of each expert of each MoE layer.
+        speeds: How fast each slot is; loads count in proportion to that. None means equally fast.
 
     Returns:
         The ratio of each layer; 1 where there is no load.
@@ -97,13 +103,15 @@ def imbalance(placement: ExpertPlacement, loads: Mapping[int, Sequence[float]]) 
     """
     check_loads(loads, {layer: placement.num_experts(layer) for layer in placement.layers})
     ratios = {}
+    speeds = [1.0] * placement.num_slots if speeds is None else speeds
     for layer, experts in placement.slots.items():
         slot_loads = [0.0] * placement.num_slots
         for slots, load in zip(experts, loads[layer], strict=True):
             for slot in slots:
                 slot_loads[slot] += load / len(slots)
         total = sum(slot_loads)
-        ratios[layer] = max(slot_loads) * placement.num_slots / total if total else 1.0
+        slowest = max(load / speed for load, speed in zip(slot_loads, speeds, strict=True))
+        ratios[layer] = slowest * sum(speeds) / total if total else 1.0
     return ratios
 
 
