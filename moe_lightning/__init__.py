@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from moe_lightning.callbacks import PredictionWriter as PredictionWriter
     from moe_lightning.callbacks import RoutingBalance as RoutingBalance
+    from moe_lightning.callbacks import RunReport as RunReport
     from moe_lightning.callbacks import Throughput as Throughput
     from moe_lightning.data.finetune import TextData as TextData
     from moe_lightning.data.prompts import PromptData as PromptData
@@ -36,6 +37,7 @@ _HOMES = {
     "TextData": "moe_lightning.data.finetune",
     "PredictionWriter": "moe_lightning.callbacks",
     "RoutingBalance": "moe_lightning.callbacks",
+    "RunReport": "moe_lightning.callbacks",
     "Throughput": "moe_lightning.callbacks",
     "ExpertPlacement": "moe_lightning.placement",
     "PlacementStrategy": "moe_lightning.strategies",

@@ -9,6 +9,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/environment.sh
 install_into_venv dev
+[ "$(id -u)" != 0 ] || scripts/install_browser.sh || true  # the tests say so where it is missing
 
 narrow=" and not wide"
 if [ "${1-}" = --wide ]; then

@@ -13,6 +13,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.loggers import CSVLogger
 from typing_extensions import override
 
+from moe_lightning.callbacks import RoutingBalance, RunReport
 from moe_lightning.cli.configs import resolve_configs
 from moe_lightning.cli.plain_words import plain_words
 from moe_lightning.cli.ranks import settle_ranks
@@ -23,6 +24,8 @@ from moe_lightning.modeling.training_checkpoint import check_training_checkpoint
 from moe_lightning.module import MoELightningModule
 from moe_lightning.strategies import STRATEGIES, MoEStrategy
 from moe_lightning.tasks import Generate
+
+REPORTING: tuple[type[L.Callback], ...] = (RoutingBalance, RunReport)
 
 
 class SaveConfig(SaveConfigCallback):
@@ -126,6 +129,13 @@ class MoECLI(LightningCLI):
             "--output_dir, if there is one, so that the same command goes on after a failure. The "
             "default is the weights of --model.checkpoint.",
         )
+        parser.add_argument(
+            "--report",
+            type=bool,
+            default=False,
+            help="Whether predict and fit count routing and time communication, and write "
+            "report.html, a page of the run. The default is not to.",
+        )
         parser.link_arguments("output_dir", "trainer.default_root_dir")
         for name, (callback, parameter) in self._configurable_callbacks.items():
             parser.add_lightning_class_args(callback, name)
@@ -205,7 +215,13 @@ class MoECLI(LightningCLI):
         if config.get("enable_checkpointing") is False or config.get("barebones"):
             unwanted += (Checkpoint,)
         defaults = self.trainer_defaults.get("callbacks", [])
-        self.trainer_defaults["callbacks"] = [c for c in defaults if not isinstance(c, unwanted)]
+        defaults = [c for c in defaults if not isinstance(c, unwanted)]
+        if self.config.report:
+            given = [*(config.get("callbacks") or []), *callbacks, *defaults]
+            kinds = {type(callback) for callback in given}
+            # The page comes last: it is made of what the others write.
+            defaults += [make() for make in REPORTING if make not in kinds]
+        self.trainer_defaults["callbacks"] = defaults
         trainer: L.Trainer = super()._instantiate_trainer(
             config, [c for c in callbacks if not isinstance(c, unwanted)]
         )

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from moe_lightning.callbacks import SaveCheckpoints
+from moe_lightning.callbacks import SaveCheckpoints, Throughput
 from moe_lightning.cli.base import MoECLI
 from moe_lightning.data.finetune import TextData
 
@@ -22,7 +22,11 @@ def training_cli(verb: str, arguments: Sequence[str], *, output_dir: str) -> MoE
         datamodule_class=TextData,
         output_dir=output_dir,
         callbacks={"save": (SaveCheckpoints, "output_dir")},
-        trainer_defaults={"devices": 1, "enable_model_summary": False},
+        trainer_defaults={
+            "devices": 1,
+            "enable_model_summary": False,
+            "callbacks": [Throughput()] if verb == "fit" else [],
+        },
         skip={"batch_budget_tokens"},
         arguments=arguments,
     )
