@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from moe_lightning.callbacks import CommunicationTime as CommunicationTime
     from moe_lightning.callbacks import PredictionWriter as PredictionWriter
     from moe_lightning.callbacks import RoutingBalance as RoutingBalance
     from moe_lightning.callbacks import RunReport as RunReport
@@ -35,6 +36,7 @@ _HOMES = {
     "Embed": "moe_lightning.tasks",
     "PromptData": "moe_lightning.data.prompts",
     "TextData": "moe_lightning.data.finetune",
+    "CommunicationTime": "moe_lightning.callbacks",
     "PredictionWriter": "moe_lightning.callbacks",
     "RoutingBalance": "moe_lightning.callbacks",
     "RunReport": "moe_lightning.callbacks",

@@ -1,5 +1,6 @@
 """Lightning callbacks: writing predictions, showing progress, reporting the run."""
 
+from moe_lightning.callbacks.communication_time import CommunicationTime
 from moe_lightning.callbacks.placement_file import PlacementFile
 from moe_lightning.callbacks.prediction_writer import PredictionWriter
 from moe_lightning.callbacks.routing_balance import RoutingBalance
@@ -9,6 +10,7 @@ from moe_lightning.callbacks.save_checkpoints import SaveCheckpoints
 from moe_lightning.callbacks.throughput import Throughput
 
 __all__ = [
+    "CommunicationTime",
     "PlacementFile",
     "PredictionWriter",
     "RoutingBalance",

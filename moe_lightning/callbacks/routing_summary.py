@@ -101,7 +101,11 @@ class RoutingSummary:
             slot_rows: As above.
         """
         layers = tuple(LayerBalance(layer, loads[layer]) for layer in sorted(loads))
-        return cls(layers, slots, slot_rows or {})
+        rows = dict(slot_rows or {})
+        if slots[-1:] == ("master",) and not any(rows_S[-1] for rows_S in rows.values()):
+            # A slot only in an emergency.
+            slots, rows = slots[:-1], {layer: rows_S[:-1] for layer, rows_S in rows.items()}
+        return cls(layers, slots, rows)
 
     @cached_property
     def worst(self) -> LayerBalance:

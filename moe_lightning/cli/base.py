@@ -13,7 +13,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.loggers import CSVLogger
 from typing_extensions import override
 
-from moe_lightning.callbacks import RoutingBalance, RunReport
+from moe_lightning.callbacks import CommunicationTime, RoutingBalance, RunReport
 from moe_lightning.cli.configs import resolve_configs
 from moe_lightning.cli.plain_words import plain_words
 from moe_lightning.cli.ranks import settle_ranks
@@ -25,7 +25,7 @@ from moe_lightning.module import MoELightningModule
 from moe_lightning.strategies import STRATEGIES, MoEStrategy
 from moe_lightning.tasks import Generate
 
-REPORTING: tuple[type[L.Callback], ...] = (RoutingBalance, RunReport)
+REPORTING: tuple[type[L.Callback], ...] = (RoutingBalance, CommunicationTime, RunReport)
 
 
 class SaveConfig(SaveConfigCallback):

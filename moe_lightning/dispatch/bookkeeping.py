@@ -96,6 +96,7 @@ class LayerTrace:
         self._timeline = timeline
         self._device = index_TK.device
         self._begin: Mark = 0.0 if timeline is None else timeline.mark(self._device)
+        self._end: Mark = self._begin
         self._laps: list[tuple[Part, int, Mark, int, float]] = []
         self._beside: list[tuple[Part, int, torch.device, Mark, Mark]] = []
 
@@ -141,6 +142,26 @@ class LayerTrace:
         """Note what another slot says it did."""
         host = torch.device("cpu")
         self._beside.append((part, slot, host, end_s - duration_s, end_s))
+
+    def end(self) -> None:
+        """Say that the pass is over."""
+        if self._timeline is not None:
+            self._end = self._timeline.mark(self._device)
+
+    @property
+    def is_timed(self) -> bool:
+        """Whether there are times to read."""
+        return self._timeline is not None
+
+    @property
+    def begin_s(self) -> float:
+        """When the pass began, on the monotonic clock."""
+        return 0.0 if self._timeline is None else self._timeline.seconds(self._begin, self._device)
+
+    @property
+    def end_s(self) -> float:
+        """When the pass was over."""
+        return 0.0 if self._timeline is None else self._timeline.seconds(self._end, self._device)
 
     @property
     def spans(self) -> list[Span]:
@@ -249,5 +270,6 @@ class RoutingLog:
     def close(self, trace: LayerTrace) -> None:
         """End a pass: give its trace to every reader, in the order of subscription."""
         if trace is not _NO_TRACE:
+            trace.end()
             for reader in tuple(self._readers):
                 reader(trace)
