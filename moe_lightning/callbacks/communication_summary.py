@@ -2,7 +2,7 @@
 
 One process: its slots are devices or workers, and a wait is for the slot that it names. Ranks: each
 is a slot, times are means over those that had passes, and whoever waits least is the one that the
-others wait for.
+others wait for, as much longer as they do.
 """
 
 import json
@@ -132,8 +132,8 @@ class CommunicationSummary:
             wait_W = numbers_WN[:, NUMBERS.index("wait_s")]
             least_W = torch.where(has_passes_W, wait_W, torch.inf)
             waits = [0.0] * len(wait_W)
-            if times.wait_s:
-                waits[int(least_W.argmin())] = times.wait_s
+            # What all wait is the exchange itself, and nobody's fault.
+            waits[int(least_W.argmin())] = max(0.0, times.wait_s - float(least_W.min()))
             compute_W = numbers_WN[:, NUMBERS.index("compute_s")]
             summaries[layer] = LayerSummary(times, compute_W.tolist(), waits)
         slots = tuple(f"rank {rank}" for rank in range(len(under_way_W)))
@@ -169,8 +169,8 @@ class CommunicationSummary:
             sum(each.wait_s_by_slot[slot] for each in self.layers.values())
             for slot in range(len(self.slots))
         ]
-        whole = sum(by_slot)
-        if not whole:
+        whole = self.total.wait_s
+        if not whole or not any(by_slot):
             return None
         slot = max(range(len(by_slot)), key=by_slot.__getitem__)
         return {
@@ -221,7 +221,7 @@ class CommunicationSummary:
         share = 100 * total.total_s / self.wall_s if self.wall_s else 0.0
         text = f"MoE layers took {share:.0f} % of {self.wall_s:.1f} s: {parts}"
         late = self.waited_for()
-        if late is not None and total.wait_s > 0.02 * total.total_s:
+        if late is not None and late["wait_s"] > 0.02 * total.total_s:
             text += f"; most waited for: {late['slot']} ({100 * late['share']:.0f} %)"
         return text
 
