@@ -1,5 +1,6 @@
 """Every command and code block of the README runs."""
 
+import json
 import re
 import shlex
 import socket
@@ -19,7 +20,8 @@ README = (ROOT / "README.md").read_text()
 # Commands that other tests run as they are, or that start the tests themselves.
 RUN_ELSEWHERE = ("scripts/demo.sh", "scripts/test.sh", "scripts/bench_predict.py")
 ADDRESS = "tcp://10.0.0.5:7000"
-RECORDING = "--trainer.callbacks+=RoutingBalance"
+# What a command reads, and what the command that writes it says.
+MADE_BY = {"single_device/routing.npz": "callbacks.record", "planned_placement.json": "plan --from"}
 
 
 def code_blocks(language: str) -> list[str]:
@@ -58,9 +60,10 @@ def test_command(command, tmp_path, monkeypatch, family_checkpoint):
     options = [checkpoint if word == "DIR_OR_HUB_ID" else word for word in words[3:]]
     if torch.cuda.device_count() < 2:
         options = [re.sub(r"cuda:\d", "cpu", option) for option in options]
-    if "routing_balance.json" in command:
-        (recording,) = [other for other in commands() if RECORDING in other]
-        assert main(shlex.split(recording)[3:]) == 0
+    for result, made_by in MADE_BY.items():
+        if result in command:
+            (first,) = [other for other in commands() if made_by in other and other != command]
+            test_command(first, tmp_path, monkeypatch, family_checkpoint)
     options += shortened(options[0])
     if "keys" in options and options[0] == "predict":
         new_keys("keys")
@@ -99,6 +102,27 @@ def test_fine_tuning_goes_on_with_other_ranks_and_is_exported(tmp_path, monkeypa
             options[1] = options[3] = str(steps)
         subprocess.run([sys.executable, *words[1:], *options], check=True)
     assert Path("exported/model.safetensors").is_file()
+
+
+def test_the_page_about_seeing_runs_in_its_order(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    text = (ROOT / "docs" / "observing.md").read_text()
+    blocks = re.findall(r"```(console|python)\n(.*?)```", text, re.DOTALL)
+    assert len(blocks) == 4
+    for language, block in blocks:
+        if language == "python":
+            exec(compile(block, "observing.md", "exec"), {"__name__": "page"})
+            continue
+        for line in block.splitlines():
+            assert main(shlex.split(line[2:])[3:]) == 0, line
+    for name in ("report.html", "communication_trace.json", "routing_balance.png"):
+        assert Path("outputs/placement", name).is_file()
+    assert Path("outputs/seen/report.html").is_file()
+    before, after = (
+        json.loads(Path(name, "routing_balance.json").read_text())["slot_max_over_mean"]
+        for name in ("outputs/recorded", "outputs/placement")
+    )
+    assert max(after.values()) < 1.05 < max(before.values())
 
 
 @contextmanager
