@@ -44,6 +44,7 @@ def draw_communication(path: Path, summary: CommunicationSummary) -> None:
         left = [a + b for a, b in zip(left, widths, strict=True)]
     step = max(1, -(-len(layers) // 30))
     axes[0].set_yticks(range(0, len(layers), step), [str(layer) for layer in layers[::step]])
+    axes[0].margins(y=0.01)
     axes[0].invert_yaxis()
     axes[0].set(xlabel=f"{unit} of a pass, mean", ylabel="layer")
     figure.legend(loc="outside lower left", ncols=len(COLOURS), frameon=False)
@@ -76,6 +77,8 @@ def _draw_slots(axes: object, summary: CommunicationSummary) -> None:
         [n + 0.2 for n in numbers], total("wait_s_by_slot"), height=0.4, color=COLOURS["wait"]
     )
     axes.set_yticks(numbers, summary.slots, fontsize=8)
+    axes.margins(y=0.02)
     axes.invert_yaxis()
     axes.yaxis.tick_right()
+    axes.locator_params(axis="x", nbins=4)
     axes.set(xlabel="seconds it computed, and was waited for")

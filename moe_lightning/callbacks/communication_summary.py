@@ -183,7 +183,7 @@ class CommunicationSummary:
         """The text of ``communication_time.json``, one line a layer."""
         rates, peak = self.rates(), self.link_bytes_per_s
         fractions = None
-        if peak:
+        if peak and any(map(any, self.links)):
             fractions = [[round(rate / peak, 4) for rate in row] for row in rates]
         sections: dict[str, Any] = {
             "slots": self.slots,

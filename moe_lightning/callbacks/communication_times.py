@@ -73,16 +73,17 @@ class CommunicationTimes:
         with self._lock:
             self._pending.append(trace)
             if len(self._pending) >= MAX_PENDING:
-                self._read()
+                self._read(keep=MAX_PENDING // 2)  # a GPU may not have come to the latest
 
     def read(self) -> None:
         """Read what is kept."""
         with self._lock:
             self._read()
 
-    def _read(self) -> None:
-        pending, self._pending = self._pending, []
-        for trace in pending:
+    def _read(self, *, keep: int = 0) -> None:
+        end = len(self._pending) - keep
+        passed, self._pending = self._pending[:end], self._pending[end:]
+        for trace in passed:
             self._add_up(trace)
             if self.on_trace is not None:
                 self.on_trace(trace)

@@ -21,8 +21,9 @@ VERBS = {
     "predict": "Batched inference over a file of prompts.",
     "fit": "Fine-tune a checkpoint.",
     "validate": "Held-out loss of a checkpoint.",
+    "verify": "Compare a strategy's results with those of one process, part by part.",
     "export": "Write a training checkpoint as a Hugging Face directory.",
-    "plan": "What each strategy would need for a checkpoint on some devices.",
+    "plan": "What each strategy would need on some devices; --from: a placement of what was seen.",
     "worker": "Serve experts to a master that predicts with --trainer.strategy moe_rpc.",
 }
 USAGE = f"""usage: python -m moe_lightning VERB [--config NAME.yaml] [--dotted.option value]

@@ -86,7 +86,7 @@ class LayerTrace:
         self.layer = layer
         self.num_experts = num_experts
         self.index_TK = index_TK
-        self.weights_TK = weights_TK
+        self.weights_TK = weights_TK.detach()  # a trace may outlive the pass
         self.slots = slots
         self.home = home
         self.slot_TK: Tensor | None = None

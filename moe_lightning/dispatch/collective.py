@@ -99,16 +99,25 @@ class CollectiveDispatcher(Dispatcher):
         weights_TK: Tensor,
         meanwhile: Callable[[], None] | None = None,
     ) -> Tensor:
-        if self._same_rows is None:
-            return self._dispatch(hidden_TD, index_TK, weights_TK, meanwhile)
-        same_rows = self._same_rows
-        out_RD = self._dispatch(
-            same_rows.slice(hidden_TD),
-            same_rows.slice(index_TK),
-            same_rows.slice(weights_TK),
-            meanwhile,
+        num_tokens, same_rows = hidden_TD.shape[0], self._same_rows
+        if same_rows is not None:
+            hidden_TD, index_TK, weights_TK = (
+                same_rows.slice(tensor) for tensor in (hidden_TD, index_TK, weights_TK)
+            )
+        trace = self.log.open(
+            self.layer,
+            self.num_experts,
+            index_TK,
+            weights_TK,
+            slots=self._names,
+            home=self._slot,
         )
-        return same_rows.gather(out_RD, hidden_TD.shape[0])
+        out_TD = self._dispatch(hidden_TD, index_TK, weights_TK, meanwhile, trace)
+        if same_rows is not None:
+            out_TD = same_rows.gather(out_TD, num_tokens)
+            trace.lap("combine", self._slot)
+        self.log.close(trace)
+        return out_TD
 
     def _dispatch(
         self,
@@ -116,11 +125,9 @@ class CollectiveDispatcher(Dispatcher):
         index_TK: Tensor,
         weights_TK: Tensor,
         meanwhile: Callable[[], None] | None,
+        trace: LayerTrace,
     ) -> Tensor:
         here = self._slot
-        trace = self.log.open(
-            self.layer, self.num_experts, index_TK, weights_TK, slots=self._names, home=here
-        )
         chunks = self._plan(hidden_TD, index_TK, weights_TK, trace)
         sizes = [chunk.num_tokens for chunk in chunks]
         hidden = torch.split(hidden_TD, sizes)
@@ -157,7 +164,6 @@ class CollectiveDispatcher(Dispatcher):
                 if slot != here:
                     trace.moved(here, slot, num_rows * chunk.exchange.format.num_bytes)
                     trace.moved(slot, here, num_rows * chunk.exchange.num_sum_bytes)
-        self.log.close(trace)
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _plan(

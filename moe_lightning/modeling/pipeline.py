@@ -21,6 +21,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
+from moe_lightning.modeling.seam import padding_within
+
 MIN_PART_TOKENS = 128
 """Parts of a batch have so many tokens at least; below, a part costs more than it overlaps."""
 
@@ -69,7 +71,7 @@ def split_into_stages(model: PreTrainedModel, group: dist.ProcessGroup) -> None:
     if stage < num_stages - 1:
         base.norm = nn.Identity()
     before = base.layers[kept.start - 1] if stage > 0 else None
-    base.forward = _Stage(base, group, before).wrap(base.forward)
+    base.forward = _Stage(base, group, before).wrap(base, base.forward)
 
 
 class _Stage:
@@ -83,7 +85,7 @@ class _Stage:
         self.hidden_size: int = base.config.get_text_config().hidden_size
         self.dtype: torch.dtype = base.dtype
 
-    def wrap(self, forward: Any) -> Any:
+    def wrap(self, base: nn.Module, forward: Any) -> Any:
         """The base model's forward over all stages."""
 
         @wraps(forward)
@@ -98,13 +100,14 @@ class _Stage:
             sends: list[dist.Work] = []
             for start, end in pairwise(self._bounds(num_rows, width, inputs)):
                 part = {name: _rows(value, start, end, num_rows) for name, value in inputs.items()}
-                if self.before is None:
-                    output = forward(input_ids=input_ids[start:end], **part)
-                else:
-                    received = self._receive(hidden_BSD[start:end])
-                    self.before.output_BSD = received
-                    output = forward(inputs_embeds=received, **part)
-                    self.before.output_BSD = None
+                with padding_within(base, start * width, end * width):
+                    if self.before is None:
+                        output = forward(input_ids=input_ids[start:end], **part)
+                    else:
+                        received = self._receive(hidden_BSD[start:end])
+                        self.before.output_BSD = received
+                        output = forward(inputs_embeds=received, **part)
+                        self.before.output_BSD = None
                 cache = output.past_key_values
                 hidden_BSD[start:end] = output.last_hidden_state
                 if not self.is_last:

@@ -149,6 +149,27 @@ class PaddingMask(threading.local):
             self.real_rows_R = None
 
 
+@contextmanager
+def padding_within(model: nn.Module, start: int, end: int) -> Iterator[None]:
+    """Let some rows of the current forward be all there are during the block.
+
+    Args:
+        model: The model, or a part of it; nothing happens if it is attached to no dispatcher.
+        start: The first row.
+        end: One more than the last.
+    """
+    found = (getattr(module, "_moe_lightning", None) for module in model.modules())
+    attachment = next((one for one in found if one is not None), None)
+    padding = PaddingMask() if attachment is None else attachment.padding
+    real_R = padding.real_rows_R
+    if real_R is not None:
+        padding.real_rows_R = real_R[(real_R >= start) & (real_R < end)] - start
+    try:
+        yield
+    finally:
+        padding.real_rows_R = real_R
+
+
 class _Attachment(NamedTuple):
     """What an experts module knows of us."""
 

@@ -90,6 +90,20 @@ def test_passes_and_layers_add_up():
     assert summary.links[0] == [0, 300, 150]
 
 
+def test_in_a_long_batch_only_passes_of_long_ago_are_read(monkeypatch):
+    """Reading one that a GPU has not come to would wait for the GPU."""
+    from moe_lightning.callbacks import communication_times
+
+    monkeypatch.setattr(communication_times, "MAX_PENDING", 4)
+    times, clock = CommunicationTimes(), Clock()
+    for layer in range(5):
+        times.add(make_trace(clock, LAPS, layer=layer))
+    assert sorted(times.layers) == [0, 1]
+    times.read()
+    assert sorted(times.layers) == [0, 1, 2, 3, 4]
+    assert {each.num_passes for each in times.layers.values()} == {1}
+
+
 def test_what_workers_say_was_under_way_counts():
     trace = make_trace(Clock(), LAPS)
     trace.was_under_way(1, 2.0)

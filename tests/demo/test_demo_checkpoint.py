@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from report_files import REPORT
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from moe_lightning import MoELightningModule, Score
@@ -28,11 +29,8 @@ def predictions(tmp_path_factory):
         patch.chdir(directory)
         assert main(["predict", "--config", "single_device.yaml"]) == 0
     output = directory / "outputs" / "single_device"
-    assert {path.name for path in output.iterdir()} == {
-        "predictions.jsonl",
-        "run.json",
-        "config.yaml",
-    }
+    names = {path.name for path in output.iterdir()}
+    assert names == REPORT | {"predictions.jsonl", "run.json", "config.yaml"}
     return [json.loads(line) for line in (output / "predictions.jsonl").read_text().splitlines()]
 
 
