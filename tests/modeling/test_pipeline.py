@@ -5,11 +5,14 @@ import torch
 import torch.distributed as dist
 from ranks import run_on_ranks
 
+from moe_lightning.dispatch import LocalDispatcher, RoutingLog
+from moe_lightning.experts import ExpertShard
 from moe_lightning.modeling import pipeline
 from moe_lightning.modeling.cache import ColumnCache
 from moe_lightning.modeling.checkpoint import open_checkpoint
 from moe_lightning.modeling.loading import load_model
 from moe_lightning.modeling.pipeline import AbsentLayer, split_into_stages, stage_layers
+from moe_lightning.modeling.seam import attach
 
 
 @pytest.mark.parametrize(
@@ -125,3 +128,37 @@ def test_what_a_family_does_to_embeddings_is_done_once(family_checkpoint) -> Non
     assert model.config.embedding_multiplier != 1, "nothing to see"
     (logits, *_), _ = run_on_ranks(2, answers_of_stages, path, torch.float32)
     torch.testing.assert_close(logits, answers(model), atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def padded_answers(path):
+    """Logits of real tokens, where padding never reaches the experts, and how many rows did."""
+    model = load(path, group=dist.group.WORLD)
+    log, num_rows = RoutingLog(), []
+    log.subscribe(lambda trace: num_rows.append(len(trace.index_TK)))
+
+    def dispatcher(layer):
+        ids = range(layer.num_experts)
+        shard = ExpertShard(layer.experts, layer=layer.layer, expert_ids=ids, backend="reference")
+        return LocalDispatcher(shard, log=log)
+
+    padding = attach(model, dispatcher)
+    ids_BS, mask_BS, positions_BS = batch()
+    with padding.over(mask_BS):
+        logits = model(
+            input_ids=ids_BS, attention_mask=mask_BS, position_ids=positions_BS, use_cache=False
+        ).logits
+    return logits[mask_BS.bool()], num_rows
+
+
+def test_each_part_of_a_padded_batch_has_its_own_padding(family_checkpoint) -> None:
+    path = family_checkpoint("qwen3_moe")
+    ids_BS, mask_BS, positions_BS = batch()
+    with torch.no_grad():
+        expected = load(path)(
+            input_ids=ids_BS, attention_mask=mask_BS, position_ids=positions_BS, use_cache=False
+        ).logits[mask_BS.bool()]
+    for logits, num_rows in run_on_ranks(2, padded_answers, path):
+        torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
+        # Two parts: the first has 0, 2, 4 and 6 tokens of padding, the second 8 to 14.
+        assert set(num_rows) == {4 * 40 - 12, 4 * 40 - 44}
