@@ -1,5 +1,6 @@
 """The metrics as classes: they collect over batches, and over ranks when they are computed."""
 
+from abc import abstractmethod
 from typing import Any
 
 import torch
@@ -16,25 +17,20 @@ from moe_lightning.metrics.functional import (
 )
 
 
-class ExpertLoad(Metric):
-    """Rows of every expert of one layer, ``[E]`` int64; see :func:`expert_load`.
-
-    Args:
-        num_experts: E.
-        kwargs: Those of every torchmetrics metric.
-    """
+class _Counts(Metric):
+    """Counts of one layer, added up over batches and ranks."""
 
     full_state_update = False
     is_differentiable = False
-    load_E: Tensor
+    counts: Tensor
 
-    def __init__(self, num_experts: int, **kwargs: Any) -> None:
+    def __init__(self, num_experts: int, shape: tuple[int, ...], **kwargs: Any) -> None:
         super().__init__(**kwargs)
         if num_experts < 1:
             raise ValueError(f"num_experts={num_experts}, but there must be one at least.")
         self.num_experts = num_experts
-        zeros = torch.zeros(num_experts, dtype=torch.int64)
-        self.add_state("load_E", default=zeros, dist_reduce_fx="sum")
+        zeros = torch.zeros(shape, dtype=torch.int64)
+        self.add_state("counts", default=zeros, dist_reduce_fx="sum")
 
     @override
     def update(self, index_TK: Tensor) -> None:
@@ -43,12 +39,32 @@ class ExpertLoad(Metric):
         Args:
             index_TK: Chosen experts, ``[T, K]``; numbers that are no expert are not counted.
         """
-        self.load_E = self.load_E + expert_load(index_TK, self.num_experts)
+        self.counts = self.counts + self._count(index_TK)
 
     @override
     def compute(self) -> Tensor:
         """What was counted, on all ranks."""
-        return self.load_E
+        return self.counts
+
+    @abstractmethod
+    def _count(self, index_TK: Tensor) -> Tensor:
+        """The counts of one batch."""
+
+
+class ExpertLoad(_Counts):
+    """Rows of every expert of one layer, ``[E]`` int64; see :func:`expert_load`.
+
+    Args:
+        num_experts: E.
+        kwargs: Those of every torchmetrics metric.
+    """
+
+    def __init__(self, num_experts: int, **kwargs: Any) -> None:
+        super().__init__(num_experts, (num_experts,), **kwargs)
+
+    @override
+    def _count(self, index_TK: Tensor) -> Tensor:
+        return expert_load(index_TK, self.num_experts)
 
     @override
     def plot(self, val: Tensor | None = None, ax: Any = None) -> Any:
@@ -92,7 +108,7 @@ class LoadImbalance(ExpertLoad):
     @override
     def compute(self) -> Tensor:
         """The imbalance over all that was counted, on all ranks."""
-        return load_imbalance(self.load_E, self.kind)
+        return load_imbalance(self.counts, self.kind)
 
     @override
     def plot(self, val: Any = None, ax: Any = None) -> Any:
@@ -118,7 +134,7 @@ class RouterEntropy(ExpertLoad):
     @override
     def compute(self) -> Tensor:
         """The entropy over all that was counted, on all ranks."""
-        return router_entropy(self.load_E, normalise=self.normalise)
+        return router_entropy(self.counts, normalise=self.normalise)
 
     @override
     def plot(self, val: Any = None, ax: Any = None) -> Any:
@@ -126,7 +142,7 @@ class RouterEntropy(ExpertLoad):
         return self._plot(val, ax)
 
 
-class ExpertCoactivation(Metric):
+class ExpertCoactivation(_Counts):
     """Tokens that chose both of two experts of one layer, ``[E, E]`` int64; see
     :func:`expert_coactivation`.
 
@@ -135,29 +151,12 @@ class ExpertCoactivation(Metric):
         kwargs: Those of every torchmetrics metric.
     """
 
-    full_state_update = False
-    is_differentiable = False
-    both_EE: Tensor
-
     def __init__(self, num_experts: int, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.num_experts = num_experts
-        zeros = torch.zeros(num_experts, num_experts, dtype=torch.int64)
-        self.add_state("both_EE", default=zeros, dist_reduce_fx="sum")
+        super().__init__(num_experts, (num_experts, num_experts), **kwargs)
 
     @override
-    def update(self, index_TK: Tensor) -> None:
-        """Count a batch.
-
-        Args:
-            index_TK: Chosen experts, ``[T, K]``; numbers that are no expert are not counted.
-        """
-        self.both_EE = self.both_EE + expert_coactivation(index_TK, self.num_experts)
-
-    @override
-    def compute(self) -> Tensor:
-        """What was counted, on all ranks."""
-        return self.both_EE
+    def _count(self, index_TK: Tensor) -> Tensor:
+        return expert_coactivation(index_TK, self.num_experts)
 
     @override
     def plot(self, val: Tensor | None = None, ax: Any = None) -> Any:
