@@ -44,6 +44,7 @@ ALONE = (
     "scripts/test_bench",
     "scripts/test_chaos",
     "scripts/test_fuzz_worker",
+    "metrics",
     "modeling/test_ep_plugin",
     "strategies/test_lora_export",
     "strategies/test_rank_watch",

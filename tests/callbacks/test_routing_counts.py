@@ -1,8 +1,6 @@
 """Counts of one rank and of several: intervals, bounds, and slots by name."""
 
 import torch
-import torch.distributed as dist
-from ranks import run_on_ranks
 
 from moe_lightning.callbacks import routing_counts
 from moe_lightning.callbacks.routing_counts import RoutingCounts
@@ -95,36 +93,3 @@ def test_pairs():
     counts.finish(alone)
     assert counts.pairs()[1].tolist() == [[1, 0, 1], [0, 1, 1], [1, 1, 2]]
     assert counts.pairs()[4].sum() == 0
-
-
-def test_ranks_with_different_numbers_of_batches():
-    """Rank 0 has so many intervals that it puts them together; ranks 2 and 3 share other slots."""
-    results = run_on_ranks(4, _count_over_ranks)
-    assert all(result == results[0] for result in results)
-    rows, slots, slot_rows = results[0]
-    assert sum(interval[0] for interval in rows[1]) == 11 + 2
-    assert sum(interval[2] for interval in rows[1]) == 2
-    assert slots == ["rank 0", "rank 1", "rank 2", "rank 3"]
-    assert slot_rows == [11, 1, 2, 1]
-
-
-def _count_over_ranks():
-    routing_counts.MAX_INTERVALS = 4
-    rank = dist.get_rank()
-    group = ("rank 0", "rank 1") if rank < 2 else ("rank 2", "rank 3")
-    counts = RoutingCounts(NUM_EXPERTS, device=CPU, num_ranks=4)
-
-    def reduce(tensor, operation):
-        whole = tensor.clone()
-        dist.all_reduce(whole, dist.ReduceOp.MAX if operation == "max" else dist.ReduceOp.SUM)
-        return whole
-
-    for _ in range(11 if rank == 0 else 0):
-        counts.add(trace(1, [0], slots=group, slot=[0]))
-        counts.end_interval()
-    if rank == 1:
-        counts.add(trace(1, [2], slots=group, slot=[1]))
-    if rank == 2:
-        counts.add(trace(1, [0, 0, 2], slots=group, slot=[0, 0, 1]))
-    rows = {layer: of_layer.tolist() for layer, of_layer in counts.finish(reduce).items()}
-    return rows, list(counts.slots), counts.slot_rows()[1].tolist()
