@@ -8,6 +8,7 @@ that end without leaving their group are cleaned up after; one that hangs costs 
 """
 
 import atexit
+import gc
 import importlib
 import os
 import socket
@@ -126,6 +127,7 @@ def _serve(pipe, path):
                 # equal to them (torch 2.13 compares shapes and names, not groups).
                 _clear_sharding_prop_cache()
                 dist.destroy_process_group()
+                gc.collect()  # meshes hold groups, and each group threads
         except BaseException:
             value = (False, traceback.format_exc())
         pipe.send(value)
