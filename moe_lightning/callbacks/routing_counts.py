@@ -80,9 +80,7 @@ class RoutingCounts:
     def add(self, trace: LayerTrace) -> None:
         """Keep one pass of a layer."""
         with self._lock:
-            self._pending.append(
-                _Routing(trace.layer, trace.index_TK.detach(), trace.slot_TK, trace.slots)
-            )
+            self._pending.append(_Routing(trace.layer, trace.index_TK, trace.slot_TK, trace.slots))
             self._num_pending += trace.index_TK.numel()
             if self._num_pending >= MAX_PENDING:
                 self._count()

@@ -86,7 +86,8 @@ class LayerTrace:
         self.layer = layer
         self.num_experts = num_experts
         self.index_TK = index_TK
-        self.weights_TK = weights_TK.detach()  # a trace may outlive the pass
+        # A trace may outlive the pass, and must not keep its graph.
+        self.weights_TK = weights_TK.detach() if weights_TK.requires_grad else weights_TK
         self.slots = slots
         self.home = home
         self.slot_TK: Tensor | None = None
