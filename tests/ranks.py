@@ -16,6 +16,7 @@ import sys
 import tempfile
 import traceback
 from datetime import timedelta
+from functools import _lru_cache_wrapper
 from multiprocessing import get_context
 
 TIMEOUT_S = 120
@@ -127,10 +128,19 @@ def _serve(pipe, path):
                 # equal to them (torch 2.13 compares shapes and names, not groups).
                 _clear_sharding_prop_cache()
                 dist.destroy_process_group()
-                gc.collect()  # meshes hold groups, and each group threads
+                _forget_meshes()
         except BaseException:
             value = (False, traceback.format_exc())
         pipe.send(value)
+
+
+def _forget_meshes():
+    """Meshes hold groups, and each of gloo's groups two threads that poll, for good: so do torch's
+    caches of what was asked about DTensors."""
+    for each in gc.get_objects():
+        if isinstance(each, _lru_cache_wrapper) and str(each.__module__).startswith("torch.dist"):
+            each.cache_clear()
+    gc.collect()
 
 
 def rank_directory():
