@@ -18,6 +18,7 @@ from moe_lightning.callbacks.fit_tally import FitTally
 from moe_lightning.callbacks.utilisation import flops_per_token, peak_flops
 from moe_lightning.errors import UsageError
 from moe_lightning.files import write_atomically
+from moe_lightning.modeling.precision import computing_dtype
 from moe_lightning.strategies import MoEStrategy
 
 PACKAGES = ("torch", "lightning", "transformers", "safetensors")
@@ -131,8 +132,7 @@ class Throughput(Callback):
         devices = getattr(trainer.strategy, "devices", [trainer.strategy.root_device])
         peak = self.peak_tflops and self.peak_tflops * 1e12
         if peak is None and devices[0].type == "cuda":
-            is_half_mixed = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
-            dtype = is_half_mixed.get(str(trainer.precision), model.dtype)
+            dtype = computing_dtype(trainer.precision, model.dtype)
             peak = peak_flops(torch.cuda.get_device_name(devices[0]), dtype)
         if not peak:
             return None

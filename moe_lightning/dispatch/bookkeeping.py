@@ -150,11 +150,6 @@ class LayerTrace:
             self._end = self._timeline.mark(self._device)
 
     @property
-    def is_timed(self) -> bool:
-        """Whether there are times to read."""
-        return self._timeline is not None
-
-    @property
     def begin_s(self) -> float:
         """When the pass began, on the monotonic clock."""
         return 0.0 if self._timeline is None else self._timeline.seconds(self._begin, self._device)

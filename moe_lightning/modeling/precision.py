@@ -8,7 +8,18 @@ from transformers import PreTrainedConfig
 from moe_lightning.errors import UsageError
 
 TRUE_PRECISIONS: dict[str, "DtypeName"] = {"bf16-true": "bfloat16", "16-true": "float16"}
+MIXED_PRECISIONS = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+def computing_dtype(precision: object, weights_dtype: torch.dtype) -> torch.dtype:
+    """The dtype that matrix products are computed in.
+
+    Args:
+        precision: The trainer's precision; ``bf16-mixed`` and ``16-mixed`` cast for each product.
+        weights_dtype: Dtype of the weights.
+    """
+    return MIXED_PRECISIONS.get(str(precision), weights_dtype)
 
 
 def choose_dtype(

@@ -11,12 +11,12 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
 
 from moe_lightning.errors import UsageError
+from moe_lightning.modeling.precision import computing_dtype
 from moe_lightning.strategies import MoEStrategy
 from moe_lightning.verification.capture import Capture
 from moe_lightning.verification.tolerances import lossy_wires
 
 PARTS = "verify.parts"
-AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +98,7 @@ def _describe(trainer: Trainer, module: Any) -> Configured | None:
         strategy=getattr(strategy, "strategy_name", type(strategy).__name__),
         world_size=trainer.world_size,
         weights_dtype=weights_dtype,
-        dtype=AUTOCAST.get(str(trainer.precision), weights_dtype),
+        dtype=computing_dtype(trainer.precision, weights_dtype),
         experts_backend=module.experts_backend,
         wires=lossy_wires(strategy),
         report=strategy.report() if isinstance(strategy, MoEStrategy) else {},
