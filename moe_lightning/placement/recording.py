@@ -77,8 +77,8 @@ def load_recording(path: str | Path) -> Recording:
                     found[match[1]][int(match[2])] = arrays[name]
     except OSError as error:
         raise UsageError(f"{path}: cannot be read ({error.strerror or error}). {_REMEDY}") from None
-    except (ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise UsageError(f"{path}: is no recording of routing ({error}). {_REMEDY}") from None
+    except (ValueError, EOFError, zipfile.BadZipFile):
+        raise UsageError(f"{path}: is no recording of routing. {_REMEDY}") from None
     if not found["loads"]:
         raise UsageError(f"{path}: holds no loads. {_REMEDY}")
     for layer, loads_IE in found["loads"].items():
