@@ -79,7 +79,7 @@ def test_a_trace_counts_the_bytes_of_all_messages(workers, master, rows):
         made.log.subscribe(traces.append)
         made.compute(0, *rows(37))
         moved.append({span.part: span.num_bytes for span in traces[0].spans})
-        assert [span.part for span in traces[0].spans] == ["dispatch", "wait", "compute", "combine"]
+        assert [span.part for span in traces[0].spans] == ["dispatch", "wait", "combine", "compute"]
         made.fleet.close()
     # A row, three experts in int16, and three float weights; three more headers.
     assert moved[0]["dispatch"] > 37 * (ROW_BYTES + 3 * 2 + 3 * 4)
