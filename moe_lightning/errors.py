@@ -26,3 +26,9 @@ class WorkersLostError(MoELightningError):
     """Workers or ranks are gone and nobody can do their work; the same command starts again."""
 
     exit_code = 6
+
+
+class StoppedError(MoELightningError):
+    """A run that ended before its work was done; the same command continues."""
+
+    exit_code = 5

@@ -1,0 +1,314 @@
+"""Job: one run over the rows of an input, from the first start to the finished files.
+
+    output_dir/
+      predictions.jsonl  errors.jsonl  _SUCCESS      when all rows are done
+      job/plan.json                                  identity and number of rows; names the folder
+          lock
+          ID/batches.jsonl                           rows of each batch
+             epochs/000001.json                      a run has begun, and what it found
+             ledger/000001-00000.jsonl               what a rank of it has committed
+             parts/000001-00000017.part              rows: number, ok or error, JSON
+          tmp/                                       files that are being written
+
+_SUCCESS says that the files above it are whole, and are those of the job that plan.json names.
+"""
+
+import json
+import os
+import secrets
+import socket
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moe_lightning.errors import StoppedError, UsageError
+from moe_lightning.jobs.ledger import PartEntry, decode, seals_of
+from moe_lightning.jobs.part_writer import PartWriter, epoch_name, newest_epoch
+from moe_lightning.jobs.parts import Parts
+from moe_lightning.jobs.plan import JobPlan, differences
+from moe_lightning.jobs.results import Format, write_errors, write_predictions
+from moe_lightning.jobs.storage import LOCK, Storage
+
+PLAN, SUCCESS, ERRORS = "job/plan.json", "_SUCCESS", "errors.jsonl"
+_LAYOUT = 1  # raise it when what the files hold changes
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a finished job says.
+
+    Attributes:
+        num_rows: Rows of the input.
+        num_predictions: Rows that were answered.
+        num_errors: Rows that were not, and are in ``errors.jsonl``.
+    """
+
+    num_rows: int
+    num_predictions: int
+    num_errors: int
+
+
+class Job:
+    """A job of this process, the only one at work on it.
+
+    Args:
+        storage: Where it is; locked.
+        plan: What is to do.
+        id: Names its folder.
+
+    Attributes:
+        folder: Of all that is done so far.
+        epoch: Number of this run.
+        outcome: If the job was finished before: with what.
+        is_done_N: For each row of the input, whether nothing is to do for it any more.
+        num_done: Rows computed before, answered or not.
+        num_failed: How many of these failed.
+        num_damaged: Parts that were not what the ledger says; their rows are computed again.
+    """
+
+    def __init__(self, storage: Storage, plan: JobPlan, id: str) -> None:
+        self.storage = storage
+        self.plan = plan
+        self.id = id
+        self.folder = f"job/{id}"
+        self.epoch = 0
+        self.outcome: Outcome | None = None
+        self.is_done_N: NDArray[np.bool_] = np.zeros(plan.num_rows or 0, dtype=bool)
+        self.num_done = self.num_failed = self.num_damaged = 0
+
+    @classmethod
+    def open(
+        cls,
+        storage: Storage,
+        plan: JobPlan,
+        *,
+        restart: bool = False,
+        retry_errors: bool = False,
+        make_id: Callable[[], str] = lambda: secrets.token_hex(4),
+    ) -> "Job":
+        """Begin a job, or go on with it.
+
+        Args:
+            storage: Where it is, or is to be.
+            plan: What is to do. One that does not know its rows always begins anew.
+            restart: Whether to forget what another job did there.
+            retry_errors: Whether rows that failed are computed again.
+            make_id: Makes the name of a new job.
+
+        Returns:
+            The job; `close` it.
+
+        Raises:
+            UsageError: If another process is at work on it, or it is another job.
+        """
+        storage.lock()
+        try:
+            job = cls._enter(storage, plan, restart=restart, make_id=make_id)
+            job._recover(retry_errors=retry_errors)
+        except BaseException:
+            storage.close()
+            raise
+        return job
+
+    @classmethod
+    def _enter(
+        cls, storage: Storage, plan: JobPlan, *, restart: bool, make_id: Callable[[], str]
+    ) -> "Job":
+        stored = json.loads(storage.read(PLAN) or b"null")
+        facts = {
+            "layout": _LAYOUT,
+            "identity": plan.identity,
+            "num_rows": plan.num_rows,
+            "num_batches": len(plan.batches),
+            "batches_sha256": plan.batches_sha256(),
+        }
+        if stored is not None and not restart and plan.num_rows is not None:
+            _check_same(stored, facts)
+            id = stored["id"]
+        else:
+            storage.remove(SUCCESS)  # from here on what is there is no result
+            id = make_id()
+            with storage.writer(f"job/{id}/batches.jsonl") as file:
+                for line in plan.lines():
+                    file.write(line)
+            begun = datetime.now(UTC).isoformat(timespec="seconds")
+            fields = {"id": id, "begun": begun, **facts}
+            storage.write(PLAN, json.dumps(fields, indent=2).encode() + b"\n")
+            if stored is not None and plan.num_rows is not None:
+                for name in ("predictions.jsonl", "predictions.parquet", ERRORS):
+                    storage.remove(name)
+        for name in storage.names("job"):
+            if name not in (PLAN, LOCK, f"job/{id}"):
+                storage.remove_folder(name)  # of jobs that were forgotten, and temporary files
+        return cls(storage, plan, id)
+
+    def _recover(self, *, retry_errors: bool) -> None:
+        success = json.loads(self.storage.read(SUCCESS) or b"null")
+        if success is not None and success["job"] == self.id:
+            is_there = all(self.storage.exists(name) for name in success["files"])
+            if is_there and not (retry_errors and success["num_retryable"]):
+                self.outcome = Outcome(**success["counts"])
+                self.is_done_N[:] = True
+                return
+            self.storage.remove(SUCCESS)
+        self._claim_epoch()
+        parts, entries = Parts(self.storage), self._accepted()
+        for entry in entries:
+            parts.add(entry)
+        known = {entry.part for entry in entries}
+        for name in self.storage.names(f"{self.folder}/parts"):
+            if name not in known:
+                self.storage.remove(name)  # of a run that ended between part and ledger
+        rows_failed = parts.rows_failed
+        self.num_damaged = parts.num_damaged
+        if self.plan.num_rows is not None:
+            self.is_done_N[parts.rows_ok] = True
+            if not retry_errors:
+                self.is_done_N[rows_failed] = True
+            self.num_done = int(self.is_done_N.sum())
+            self.num_failed = 0 if retry_errors else len(rows_failed)
+
+    def _claim_epoch(self) -> None:
+        """Begin an epoch: from now on, what earlier ones add does not count."""
+        while True:
+            epoch = newest_epoch(self.storage, self.folder) + 1
+            logs = self.storage.logs(f"{self.folder}/ledger")
+            seals = {log: len(content) for log, content in logs.items()} | self._seals()
+            claim = {
+                "seals": seals,
+                "host": socket.gethostname(),
+                "process": os.getpid(),
+                "begun": datetime.now(UTC).isoformat(timespec="seconds"),
+            }
+            name = epoch_name(self.folder, epoch)
+            if self.storage.claim(name, json.dumps(claim).encode() + b"\n"):
+                self.epoch = epoch
+                return
+
+    def _seals(self) -> dict[str, int]:
+        claims = {}
+        for name in self.storage.names(f"{self.folder}/epochs"):
+            epoch = int(name.rpartition("/")[2].split(".")[0])
+            claims[epoch] = self.storage.read(name) or b""
+        return seals_of(claims)
+
+    def _accepted(self) -> list[PartEntry]:
+        """The ledger: what counts of all logs."""
+        seals, entries = self._seals(), {}
+        for log, content in sorted(self.storage.logs(f"{self.folder}/ledger").items()):
+            for entry in decode(content[: seals.get(log)]):
+                entries[entry.part] = entry
+        return list(entries.values())
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether nothing is to do: all files are there."""
+        return self.outcome is not None
+
+    def writer(self, rank: int = 0) -> PartWriter:
+        """What a rank of this run commits with."""
+        return PartWriter(self.storage, self.folder, epoch=self.epoch, rank=rank)
+
+    def finish(
+        self,
+        input_errors: Callable[[], Iterable[tuple[int, str]]],
+        format: Format = "jsonl",
+        *,
+        is_limited: bool = False,
+    ) -> Outcome:
+        """Write the files in the order of the input, and that the job is finished.
+
+        Calling it again is legal, after a failure.
+
+        Args:
+            input_errors: Gives the rows that could not be read: number and JSON, sorted.
+            format: Of the predictions.
+            is_limited: Whether rows may be left to do; then the job stays open.
+
+        Returns:
+            The counts.
+
+        Raises:
+            OSError: If something could not be written.
+            StoppedError: If parts were damaged since they were written.
+        """
+        if self.outcome is not None:
+            return self.outcome
+        parts = Parts(self.storage)
+        parts.extend(self._accepted())
+        predictions = f"predictions.{format}"
+        try:
+            if parts.num_damaged:
+                raise StoppedError(
+                    f"{parts.num_damaged} parts of {self.folder} were changed or removed since "
+                    "they were written; the same command computes them again."
+                )
+            num_ok, num_failed = len(parts.rows_ok), len(parts.rows_failed)
+            num_input = sum(1 for _ in input_errors())
+            self._check_counts(num_ok + num_failed + num_input, is_limited=is_limited)
+            self.writer().check_epoch()
+            with self.storage.writer(predictions) as file:
+                write_predictions(parts, file, format)
+            if num_failed + num_input:
+                with self.storage.writer(ERRORS) as file:
+                    write_errors(parts, input_errors(), file)
+            else:
+                self.storage.remove(ERRORS)
+        finally:
+            parts.close()
+        outcome = Outcome(num_ok + num_failed + num_input, num_ok, num_failed + num_input)
+        if self.plan.num_rows in (None, outcome.num_rows):
+            files = [predictions, ERRORS] if outcome.num_errors else [predictions]
+            self._close_books(outcome, files, num_retryable=num_failed)
+        return outcome
+
+    def _check_counts(self, num_rows: int, *, is_limited: bool) -> None:
+        wanted = self.plan.num_rows
+        if wanted is None or num_rows == wanted or (is_limited and num_rows < wanted):
+            return
+        raise StoppedError(
+            f"{wanted:,} rows in, but {num_rows:,} rows in predictions and errors together. If "
+            "several machines take part, all need the same --output_dir. The same command "
+            "continues with the missing rows."
+        )
+
+    def _close_books(self, outcome: Outcome, files: list[str], *, num_retryable: int) -> None:
+        success = {
+            "job": self.id,
+            "counts": asdict(outcome),
+            "files": files,
+            "num_retryable": num_retryable,
+            "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
+        self.storage.write(SUCCESS, json.dumps(success, indent=2).encode() + b"\n")
+        self.outcome = outcome
+        # Failed rows can be computed again (--retry_errors), which needs the others' answers.
+        if not num_retryable:
+            self.storage.remove_folder(self.folder)
+
+    def close(self) -> None:
+        """Let others at it."""
+        self.storage.close()
+
+
+def _check_same(stored: dict[str, Any], facts: dict[str, Any]) -> None:
+    if stored.get("layout") != _LAYOUT:
+        found = [f"layout: {stored.get('layout')}, now {_LAYOUT}"]
+    else:
+        now = json.loads(json.dumps(facts["identity"]))
+        found = differences(stored["identity"], now)
+        if not found and any(
+            stored[name] != facts[name] for name in ("num_rows", "num_batches", "batches_sha256")
+        ):
+            found = ["the planned batches are others"]
+    if found:
+        lines = "\n  ".join(found)
+        raise UsageError(
+            f"--output_dir holds another job, of which this one differs in\n  {lines}\nChoose "
+            "another --output_dir, go back to what it was, or say --restart to forget what was "
+            "done there."
+        )

@@ -1,0 +1,87 @@
+"""The ledger: one checksummed line for each part that is finished, in logs that are only added to.
+
+    {"part": "job/3f2a/parts/000002-00000017.part", "bytes": 512, "sha256": "...", ...}\t5d1f09aa
+
+Every writer of every epoch has a log of its own. A new epoch seals those of older ones: it writes
+down how long they are, and what a run that should be dead adds after that does not count.
+"""
+
+import json
+import zlib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class PartEntry:
+    """One line: a part that is complete and safe.
+
+    Attributes:
+        part: Its file.
+        num_bytes: Its size.
+        sha256: Of its content.
+        num_rows: Rows in it.
+        num_errors: How many of these failed.
+    """
+
+    part: str
+    num_bytes: int
+    sha256: str
+    num_rows: int
+    num_errors: int
+
+
+def encode(entry: PartEntry) -> bytes:
+    """Make a line of an entry.
+
+    Args:
+        entry: The entry.
+
+    Returns:
+        The line, with its checksum and line end.
+    """
+    text = json.dumps(asdict(entry)).encode()
+    return b"%s\t%08x\n" % (text, zlib.crc32(text))
+
+
+def decode(log: bytes) -> list[PartEntry]:
+    """Read a log.
+
+    Args:
+        log: Its bytes, of which the last line, or any, may be damaged.
+
+    Returns:
+        Its good lines.
+    """
+    entries = []
+    for line in log.split(b"\n")[:-1]:
+        text, tab, checksum = line.rpartition(b"\t")
+        if tab and checksum == b"%08x" % zlib.crc32(text):
+            entries.append(PartEntry(**json.loads(text)))
+    return entries
+
+
+def seals_of(claims: Mapping[int, bytes]) -> dict[str, int]:
+    """Where logs end, by what the epochs said that came after them.
+
+    Args:
+        claims: What each epoch wrote when it began; may be cut short, by a crash.
+
+    Returns:
+        Bytes of each sealed log that count.
+    """
+    seals: dict[str, int] = {}
+    for _, claim in sorted(claims.items()):
+        for log, num_bytes in claim_fields(claim).get("seals", {}).items():
+            seals.setdefault(log, num_bytes)  # the first seal holds
+    return seals
+
+
+def claim_fields(claim: bytes) -> dict[str, Any]:
+    """Read what an epoch wrote when it began; nothing if that was cut short."""
+    try:
+        fields: dict[str, Any] = json.loads(claim)
+    except ValueError:
+        return {}
+    return fields

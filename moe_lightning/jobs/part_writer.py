@@ -1,0 +1,76 @@
+"""PartWriter: commits what one rank has computed, a part at a time."""
+
+import hashlib
+from collections.abc import Iterable
+
+from moe_lightning.errors import StoppedError
+from moe_lightning.jobs.ledger import PartEntry, encode
+from moe_lightning.jobs.storage import Storage
+
+
+class PartWriter:
+    """Writes parts and ledger lines of one rank in one epoch of a job.
+
+    Args:
+        storage: Where the job is.
+        folder: The job's folder there.
+        epoch: Number of this run of the job.
+        rank: Number of this writer in the run.
+    """
+
+    def __init__(self, storage: Storage, folder: str, *, epoch: int, rank: int = 0) -> None:
+        self._storage = storage
+        self._folder = folder
+        self._epoch = epoch
+        self._log = f"{folder}/ledger/{epoch:06d}-{rank:05d}.jsonl"
+
+    def commit(self, name: str, rows: Iterable[tuple[int, bool, str]]) -> PartEntry:
+        """Make rows part of the job's result; after this they are never computed again.
+
+        Committing the same part again is legal, after a failure.
+
+        Args:
+            name: The part's name, its own among all of the epoch.
+            rows: Row number, whether it was answered, and its JSON.
+
+        Returns:
+            The line of the ledger.
+
+        Raises:
+            OSError: If it could not be written; then nothing has been committed.
+            StoppedError: If another run of the job has begun since.
+        """
+        lines, num_errors = [], 0
+        for row, is_ok, text in rows:
+            lines.append(f"{row}\t{'ok' if is_ok else 'error'}\t{text}\n")
+            num_errors += not is_ok
+        content = "".join(lines).encode()
+        entry = PartEntry(
+            part=f"{self._folder}/parts/{self._epoch:06d}-{name}.part",
+            num_bytes=len(content),
+            sha256=hashlib.sha256(content).hexdigest(),
+            num_rows=len(lines),
+            num_errors=num_errors,
+        )
+        self.check_epoch()
+        self._storage.write(entry.part, content)
+        self._storage.append(self._log, encode(entry))
+        return entry
+
+    def check_epoch(self) -> None:
+        """Raise StoppedError if a later run of the job has begun."""
+        if self._storage.exists(epoch_name(self._folder, self._epoch + 1)):
+            raise StoppedError(
+                "another run of this job has begun since and goes on with it; this one stops."
+            )
+
+
+def epoch_name(folder: str, epoch: int) -> str:
+    """The file that says that an epoch has begun."""
+    return f"{folder}/epochs/{epoch:06d}.json"
+
+
+def newest_epoch(storage: Storage, folder: str) -> int:
+    """The number of the last epoch that has begun; 0 before the first."""
+    names = storage.names(f"{folder}/epochs")
+    return int(names[-1].rpartition("/")[2].split(".")[0]) if names else 0

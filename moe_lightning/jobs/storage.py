@@ -1,0 +1,338 @@
+"""Storage: where a job keeps its files. Local directories here; URLs in url_storage.
+
+Names are relative, with slashes. What a method has written when it returns survives a power cut.
+"""
+
+import io
+import os
+import secrets
+import socket
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import BinaryIO
+
+from typing_extensions import override
+
+from moe_lightning.errors import UsageError
+from moe_lightning.jobs.file_operations import FileOperations
+
+TEMPORARY = "job/tmp"
+LOCK = "job/lock"
+_BUFFER_BYTES = 2**20
+
+
+class Storage(ABC):
+    """Files of a job."""
+
+    @abstractmethod
+    def writer(self, name: str) -> "AbstractWriter":
+        """Write a file of any size, which appears whole, when the block ends well, or not at all.
+
+        Args:
+            name: Its name; an older file of that name is replaced.
+
+        Returns:
+            A context manager that gives a file to write to.
+        """
+
+    def write(self, name: str, data: bytes) -> None:
+        """Write a whole file, replacing an older one."""
+        with self.writer(name) as file:
+            file.write(data)
+
+    @abstractmethod
+    def claim(self, name: str, data: bytes) -> bool:
+        """Make a file that only one process can make.
+
+        Args:
+            name: Its name.
+            data: Its content; half of it may be there after a crash.
+
+        Returns:
+            Whether it was this process.
+        """
+
+    @abstractmethod
+    def append(self, name: str, line: bytes) -> None:
+        """Add a line to a log."""
+
+    @abstractmethod
+    def logs(self, folder: str) -> dict[str, bytes]:
+        """All logs of a folder: names and what was appended, in order."""
+
+    @abstractmethod
+    def names(self, folder: str) -> list[str]:
+        """Names of the files in a folder, sorted, with the folder's."""
+
+    @abstractmethod
+    def open(self, name: str) -> BinaryIO:
+        """Open a file to read, seekable.
+
+        Raises:
+            FileNotFoundError: If it is missing.
+        """
+
+    def read(self, name: str) -> bytes | None:
+        """Read a whole file; None if it is missing."""
+        try:
+            with self.open(name) as file:
+                return file.read()
+        except FileNotFoundError:
+            return None
+
+    @abstractmethod
+    def exists(self, name: str) -> bool:
+        """Whether there is a file of that name."""
+
+    @abstractmethod
+    def remove(self, name: str) -> None:
+        """Remove a file; one that is missing is no error."""
+
+    @abstractmethod
+    def remove_folder(self, folder: str) -> None:
+        """Remove a folder and all in it. After a crash, some of it may be left."""
+
+    @abstractmethod
+    def lock(self) -> None:
+        """Keep other processes from opening the job, until `close`.
+
+        Raises:
+            UsageError: If another process has it.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """Give the lock back."""
+
+
+class AbstractWriter(ABC):
+    """A file that is being written."""
+
+    @abstractmethod
+    def __enter__(self) -> BinaryIO: ...
+
+    @abstractmethod
+    def __exit__(self, kind: object, error: object, traceback: object) -> None: ...
+
+
+class LocalStorage(Storage):
+    """A local directory, or one that several machines mount.
+
+    Args:
+        root: The directory; made if missing.
+        operations: How files are touched.
+    """
+
+    def __init__(self, root: Path, operations: FileOperations | None = None) -> None:
+        self.root = root
+        self._do = operations or FileOperations()
+        self._lock: int | None = None
+        self._made: set[Path] = set()
+
+    @override
+    def writer(self, name: str) -> AbstractWriter:
+        temporary = self._path(
+            f"{TEMPORARY}/{Path(name).name}.{os.getpid()}-{secrets.token_hex(4)}"
+        )
+        return _LocalWriter(self._do, temporary, self._path(name))
+
+    @override
+    def claim(self, name: str, data: bytes) -> bool:
+        path = self._path(name)
+        try:
+            fd = self._do.create(path)
+        except FileExistsError:
+            return False
+        with self._closing(fd):
+            write_all(self._do, fd, data)
+            self._do.sync(fd)
+        self._do.sync_directory(path.parent)
+        return True
+
+    @override
+    def append(self, name: str, line: bytes) -> None:
+        path = self._path(name)
+        fd = self._do.open_end(path)
+        with self._closing(fd):
+            num_bytes = self._do.size(fd)
+            try:
+                write_all(self._do, fd, line)
+                self._do.sync(fd)
+            except OSError:
+                # Half a line would spoil the one after it.
+                with suppress(OSError):
+                    self._do.truncate(fd, num_bytes)
+                raise
+        if num_bytes == 0:
+            self._do.sync_directory(path.parent)
+
+    @override
+    def logs(self, folder: str) -> dict[str, bytes]:
+        return {name: self.read(name) or b"" for name in self.names(folder)}
+
+    @override
+    def names(self, folder: str) -> list[str]:
+        return [f"{folder}/{name}" for name in self._do.names(self.root / folder)]
+
+    @override
+    def open(self, name: str) -> BinaryIO:
+        return self._do.read(self.root / name)
+
+    @override
+    def exists(self, name: str) -> bool:
+        return self._do.exists(self.root / name)
+
+    @override
+    def remove(self, name: str) -> None:
+        if self.exists(name):
+            self._do.remove(self.root / name)
+            self._do.sync_directory((self.root / name).parent)
+
+    @override
+    def remove_folder(self, folder: str) -> None:
+        for name in self.names(folder):
+            if self._do.is_directory(self.root / name):
+                self.remove_folder(name)
+            else:
+                self._do.remove(self.root / name)
+        self._do.remove_directory(self.root / folder)
+        self._made.discard(self.root / folder)
+
+    @override
+    def lock(self) -> None:
+        path = self._path(LOCK)
+        self._lock = self._do.lock(path)
+        if self._lock is None:
+            holder = (self.read(LOCK) or b"").decode(errors="replace").strip() or "another process"
+            raise UsageError(
+                f"{self.root}: {holder} is at work there. Wait for it, end it, or choose another "
+                "--output_dir."
+            )
+        with suppress(OSError):
+            self._do.truncate(self._lock, 0)
+            self._do.write(
+                self._lock, f"process {os.getpid()} of {socket.gethostname()}\n".encode()
+            )
+
+    @override
+    def close(self) -> None:
+        if self._lock is not None:
+            self._do.close(self._lock)
+            self._lock = None
+
+    @contextmanager
+    def _closing(self, fd: int) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            with suppress(OSError):
+                self._do.close(fd)
+            raise
+        self._do.close(fd)  # some file systems say only now that they are full
+
+    def _path(self, name: str) -> Path:
+        """Where a file goes; its directory is made, once."""
+        path = self.root / name
+        if path.parent not in self._made:
+            self._do.make_directory(path.parent)
+            self._made.add(path.parent)
+        return path
+
+
+class _LocalWriter(AbstractWriter):
+    """Temporary name, sync, rename, sync of the directory."""
+
+    def __init__(self, operations: FileOperations, temporary: Path, path: Path) -> None:
+        self._do = operations
+        self._temporary = temporary
+        self._path = path
+        self._file: _BufferedFile | None = None
+
+    def __enter__(self) -> BinaryIO:
+        fd = self._do.create(self._temporary)
+        self._file = _BufferedFile(self._do, fd)
+        return self._file  # type: ignore[return-value]  # as much of one as writers need
+
+    def __exit__(self, kind: object, error: object, traceback: object) -> None:
+        file = self._file
+        assert file is not None, "the block was entered"
+        if error is not None:
+            self._give_up(file.fd)
+            return
+        try:
+            file.flush()
+            self._do.sync(file.fd)
+            fd, file.fd = file.fd, -1
+            self._do.close(fd)
+            self._do.rename(self._temporary, self._path)
+            self._do.sync_directory(self._path.parent)
+        except BaseException:
+            self._give_up(file.fd)
+            raise
+
+    def _give_up(self, fd: int) -> None:
+        if fd >= 0:
+            with suppress(OSError):
+                self._do.close(fd)
+        with suppress(OSError):
+            self._do.remove(self._temporary)
+
+
+class _BufferedFile(io.RawIOBase):
+    """Bytes go out in large pieces; whoever made it closes the descriptor."""
+
+    def __init__(self, operations: FileOperations, fd: int) -> None:
+        self._do = operations
+        self.fd = fd
+        self._pieces: list[bytes] = []
+        self._num_waiting = self._num_written = 0
+
+    @override
+    def writable(self) -> bool:
+        return True
+
+    @override
+    def write(self, data: "bytes | bytearray | memoryview") -> int:  # type: ignore[override]
+        piece = bytes(data)
+        self._pieces.append(piece)
+        self._num_waiting += len(piece)
+        if self._num_waiting >= _BUFFER_BYTES:
+            self._send()
+        return len(piece)
+
+    @override
+    def tell(self) -> int:
+        return self._num_written + self._num_waiting
+
+    @override
+    def flush(self) -> None:
+        if self._num_waiting and self.fd >= 0:
+            self._send()
+
+    @override
+    def close(self) -> None:
+        pass
+
+    def __del__(self) -> None:
+        pass  # io's own would flush
+
+    def _send(self) -> None:
+        data = b"".join(self._pieces)
+        write_all(self._do, self.fd, data)
+        self._num_written += len(data)
+        self._pieces, self._num_waiting = [], 0
+
+
+def write_all(operations: FileOperations, fd: int, data: bytes) -> None:
+    """Write all of the data.
+
+    Args:
+        operations: How.
+        fd: Where to.
+        data: What.
+    """
+    rest = memoryview(data)
+    while rest:
+        rest = rest[operations.write(fd, bytes(rest)) :]
