@@ -28,6 +28,18 @@ class WorkersLostError(MoELightningError):
     exit_code = 6
 
 
+class TooManyRowsFailedError(MoELightningError):
+    """More rows failed than the user allows."""
+
+    exit_code = 1
+
+
+class OutOfMemoryError(MoELightningError):
+    """Memory ran out in the middle of a run."""
+
+    exit_code = 1
+
+
 class StoppedError(MoELightningError):
     """A run that ended before its work was done; the same command continues."""
 

@@ -32,10 +32,11 @@ from moe_lightning.finetune.lora import LoRA
 from moe_lightning.finetune.trainable import Trainable
 from moe_lightning.modeling.checkpoint import CheckpointView, open_checkpoint
 from moe_lightning.modeling.export import export_model
+from moe_lightning.modeling.manifest import manifest_hash
 from moe_lightning.modeling.precision import DtypeName, choose_dtype
 from moe_lightning.modeling.preflight import check_values
 from moe_lightning.modeling.runner import ModelRunner
-from moe_lightning.modeling.tokenizer import load_tokenizer
+from moe_lightning.modeling.tokenizer import load_tokenizer, tokenizer_hash
 from moe_lightning.strategies import (
     HostedModel,
     HostingOptions,
@@ -49,6 +50,7 @@ from moe_lightning.strategies import (
 from moe_lightning.tally import Tally
 from moe_lightning.tasks import Generate, Task
 from moe_lightning.tasks.isolation import Predictions, run_isolated
+from moe_lightning.tasks.memory import out_of_memory
 from moe_lightning.training import TrainingHooks
 
 register_strategies()
@@ -137,6 +139,24 @@ class MoELightningModule(TrainingHooks):
             add_generation_prompt=self.task.add_generation_prompt,
         )
 
+    def identity(self) -> dict[str, Any]:
+        """What of the model and its options decides the answers of predict, wherever it runs.
+
+        Returns:
+            Plain values.
+        """
+        adapters = None if self.lora is None else {"rank": self.lora.rank, "alpha": self.lora.alpha}
+        return {
+            "model": {
+                "manifest": manifest_hash(self.view),
+                "tokenizer": tokenizer_hash(self.view),
+                "dtype": self.dtype_name,
+                "experts_backend": self.experts_backend,
+                "lora": adapters,
+            },
+            "task": self.task.identity(),
+        }
+
     # Loading.
 
     @override
@@ -160,6 +180,8 @@ class MoELightningModule(TrainingHooks):
             if trainer is not None and (trainer.training or isinstance(strategy, DDPStrategy)):
                 self.hosted.unpack()
             self._read_shards(strategy, self.hosted)
+            return
+        if self._has_nothing_to_do():
             return
         if self.check_weights:
             check_values(self.view)
@@ -208,6 +230,12 @@ class MoELightningModule(TrainingHooks):
             device=self.hosted.device,
         )
 
+    def _has_nothing_to_do(self) -> bool:
+        """Whether earlier runs of the job have computed all rows, so that no weight is needed."""
+        trainer = self._trainer
+        datamodule = getattr(trainer, "datamodule", None)
+        return trainer is not None and trainer.predicting and getattr(datamodule, "is_done", False)
+
     def _read_shards(self, strategy: Strategy | None, hosted: HostedModel) -> None:
         if (
             strategy is not None
@@ -243,6 +271,7 @@ class MoELightningModule(TrainingHooks):
             ``errors.jsonl``.
 
         Raises:
+            OutOfMemoryError: If memory runs out, with the numbers and what to do.
             CheckpointError: If every row of the first batch gives NaN, which is the weights' fault.
         """
         assert self.runner is not None, "configure_model has not run"
@@ -250,9 +279,12 @@ class MoELightningModule(TrainingHooks):
         budget = self._budget_tokens()
         # Of ranks that compute the same rows, one counts them.
         progress = self.tally.add if self._counts_rows() else _count_nothing
-        predictions = run_isolated(
-            self.task, self.runner, rows, budget_tokens=budget, progress=progress
-        )
+        try:
+            predictions = run_isolated(
+                self.task, self.runner, rows, budget_tokens=budget, progress=progress
+            )
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            raise out_of_memory(error, rows, budget_tokens=budget) from error
         if self.tally.num_batches == 0 and predictions.num_not_finite == len(rows.rows) > 0:
             raise CheckpointError(
                 f"{self.checkpoint}: the model gives NaN for every row of the first batch. Its "
@@ -282,7 +314,7 @@ class MoELightningModule(TrainingHooks):
 
     def _budget_tokens(self) -> int:
         datamodule = getattr(self._trainer, "datamodule", None)
-        return int(getattr(datamodule, "max_batch_tokens", self.batch_budget_tokens))
+        return int(getattr(datamodule, "budget_tokens", self.batch_budget_tokens))
 
     @override
     def on_predict_start(self) -> None:
@@ -308,6 +340,8 @@ class MoELightningModule(TrainingHooks):
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         if self.hosted is not None:
             self.hosted.make_room()
+        elif self._has_nothing_to_do():
+            return None
         return super().load_state_dict(state_dict, *args, **kwargs)
 
     def export(self, directory: str | Path) -> None:

@@ -14,6 +14,7 @@ class Tally:
         num_prompt_tokens: Tokens of prompts computed.
         num_new_tokens: Tokens generated.
         num_padding_tokens: Padding tokens computed beside prompts.
+        num_rows_elsewhere: Rows that other ranks answered meanwhile.
     """
 
     def __init__(self) -> None:
@@ -24,6 +25,7 @@ class Tally:
         """Begin at zero, and start the clock."""
         self.num_rows = self.num_errors = self.num_batches = 0
         self.num_prompt_tokens = self.num_new_tokens = self.num_padding_tokens = 0
+        self.num_rows_elsewhere = 0
         self._started_s = time.monotonic()
 
     def listen(self, listener: Callable[[], None]) -> None:
@@ -38,6 +40,10 @@ class Tally:
         self.num_padding_tokens += padding_tokens
         for listener in self._listeners:
             listener()
+
+    def add_elsewhere(self, rows: int) -> None:
+        """Count rows of other ranks."""
+        self.num_rows_elsewhere += rows
 
     def end_batch(self, *, num_errors: int) -> None:
         """Count a finished batch and the rows of it that failed."""

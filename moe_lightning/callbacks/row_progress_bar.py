@@ -21,10 +21,16 @@ class RowProgressBar(TQDMProgressBar):
 
     @override
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        total = getattr(getattr(trainer, "datamodule", None), "num_rows", None)
+        datamodule = getattr(trainer, "datamodule", None)
+        total = getattr(datamodule, "num_rows", None)
+        # Rows that need no computing: bad ones, and those of earlier runs of the job.
+        self._num_before = getattr(datamodule, "num_done", 0) + len(
+            getattr(datamodule, "row_errors", ())
+        )
         self._tally: Any = getattr(pl_module, "tally", None)
         self._bar = tqdm(
             total=total,
+            initial=self._num_before,
             desc="Predicting",
             unit="row",
             disable=self.is_disabled,
@@ -46,7 +52,8 @@ class RowProgressBar(TQDMProgressBar):
     def _show(self) -> None:
         if self._tally is None:
             return
-        self._bar.n = self._tally.num_rows
+        elsewhere = self._tally.num_rows_elsewhere
+        self._bar.n = self._num_before + self._tally.num_rows + elsewhere
         self._bar.set_postfix_str(f"{self._tally.tokens_per_s:,.0f} tokens/s")
 
     @override

@@ -16,7 +16,7 @@ from typing_extensions import override
 import moe_lightning
 from moe_lightning.callbacks.fit_tally import FitTally
 from moe_lightning.callbacks.utilisation import flops_per_token, peak_flops
-from moe_lightning.errors import UsageError
+from moe_lightning.errors import StoppedError, UsageError
 from moe_lightning.files import write_atomically
 from moe_lightning.modeling.precision import computing_dtype
 from moe_lightning.strategies import MoEStrategy
@@ -91,8 +91,14 @@ class Throughput(Callback):
             counts = self._sum_over_ranks(trainer, _own_counts(trainer, pl_module))
             if self._predict_s is not None:
                 counts["elapsed_s"] = self._predict_s
-            self.num_errors = int(counts["num_errors"]) + _num_input_errors(trainer)
+            self.num_errors = int(counts["num_errors"]) + _num_errors_before(trainer)
             work = _predicted(trainer, counts)
+            if getattr(getattr(trainer, "datamodule", None), "is_done", False):
+                # The report of the run that did it stays.
+                if trainer.is_global_zero:
+                    directory = self.output_dir or trainer.default_root_dir
+                    print(_nothing_to_do(work, directory), file=sys.stderr)
+                return
         elif stage == "fit":
             work = self._fit.report(self._sum_over_ranks(trainer, self._fit.counts(trainer)))
         else:
@@ -109,7 +115,7 @@ class Throughput(Callback):
     ) -> None:
         # Without a setup nothing has begun, and older reports stay.
         if trainer.is_global_zero and trainer.predicting and self._started is not None:
-            is_interrupt = isinstance(exception, KeyboardInterrupt)
+            is_interrupt = isinstance(exception, KeyboardInterrupt | StoppedError)
             reason = "interrupted" if is_interrupt else f"{type(exception).__name__}: {exception}"
             # The other ranks may be gone, so nothing is summed over them here.
             self._write(trainer, _predicted(trainer, _own_counts(trainer, pl_module)), reason)
@@ -167,12 +173,18 @@ def _predicted(trainer: Trainer, counts: dict[str, float]) -> dict[str, Any]:
     """What ``run.json`` says of a predict run."""
     elapsed_s = max(counts["elapsed_s"], 1e-9)
     tokens = counts["num_prompt_tokens"] + counts["num_new_tokens"]
-    input_errors = _num_input_errors(trainer)
+    errors_before = _num_errors_before(trainer)
+    datamodule = getattr(trainer, "datamodule", None)
+    num_before = int(getattr(datamodule, "num_done", 0))
+    num_answered = int(counts["num_rows"]) - int(counts["num_errors"])
+    num_answered_before = num_before - int(getattr(datamodule, "num_failed", 0))
+    num_errors = int(counts["num_errors"]) + errors_before
     return {
         "elapsed_s": round(counts["elapsed_s"], 3),
-        "num_rows": int(counts["num_rows"]) + input_errors,
-        "num_predictions": int(counts["num_rows"]) - int(counts["num_errors"]),
-        "num_errors": int(counts["num_errors"]) + input_errors,
+        "num_rows": num_answered + num_answered_before + num_errors,
+        "num_predictions": num_answered + num_answered_before,
+        "num_errors": num_errors,
+        "num_done_before": num_before,
         "num_prompt_tokens": int(counts["num_prompt_tokens"]),
         "num_new_tokens": int(counts["num_new_tokens"]),
         "padding_share": round(
@@ -221,9 +233,11 @@ def _own_counts(trainer: Trainer, pl_module: LightningModule) -> dict[str, float
     return {name: float(getattr(tally, name, 0)) for name in names}
 
 
-def _num_input_errors(trainer: Trainer) -> int:
-    # Every rank reads the whole input, so these are not summed over ranks.
-    return len(getattr(getattr(trainer, "datamodule", None), "row_errors", ()))
+def _num_errors_before(trainer: Trainer) -> int:
+    """Rows that failed before the model saw them, or in an earlier run of the job."""
+    # Every rank knows all of them, so these are not summed over ranks.
+    datamodule = getattr(trainer, "datamodule", None)
+    return len(getattr(datamodule, "row_errors", ())) + int(getattr(datamodule, "num_failed", 0))
 
 
 def _devices(trainer: Trainer) -> list[str]:
@@ -254,8 +268,8 @@ def _summary(report: dict[str, Any]) -> str:
             f"{report['num_tokens']:,} tokens, {report['tokens_per_s']:,.0f} tokens/s, {used}"
         )
     lines = [
-        f"{report['num_predictions']:,} of {report['num_rows']:,} rows answered in "
-        f"{report['elapsed_s']:.1f} s: "
+        f"{report['num_predictions']:,} of {report['num_rows']:,} rows answered"
+        f"{_before(report)} in {report['elapsed_s']:.1f} s: "
         f"{report['num_prompt_tokens']:,} prompt + {report['num_new_tokens']:,} new tokens, "
         f"{report['tokens_per_s']:,.0f} tokens/s, {used}",
         f"predictions: {report['output_dir']}",
@@ -263,3 +277,16 @@ def _summary(report: dict[str, Any]) -> str:
     if report["num_errors"]:
         lines.append(f"{report['num_errors']:,} rows could not be computed: see errors.jsonl there")
     return "\n".join(lines)
+
+
+def _before(report: dict[str, Any]) -> str:
+    if not report["num_done_before"]:
+        return ""
+    return f", {report['num_done_before']:,} computed by earlier runs, the others"
+
+
+def _nothing_to_do(work: dict[str, Any], directory: str) -> str:
+    return (
+        f"nothing to do: earlier runs have answered {work['num_predictions']:,} of "
+        f"{work['num_rows']:,} rows\npredictions: {directory}"
+    )

@@ -36,7 +36,6 @@ verbs:
   python -m moe_lightning VERB --print_config=comments           all options as commented YAML
 """
 INTERRUPTED = 5
-INTERRUPTED_MESSAGE = "interrupted; the same command starts again."
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -63,22 +62,26 @@ def main(arguments: Sequence[str]) -> int:
     except MoELightningError as error:
         return _fail(str(error), error.exit_code)
     except KeyboardInterrupt:
-        return _fail(INTERRUPTED_MESSAGE, INTERRUPTED)
+        return _fail(_interrupted(verb), INTERRUPTED)
     except SystemExit as stop:
         # jsonargparse ends --help with 0; Lightning ends an interrupted run with 1.
         if stop.code == 1:
-            return _fail(INTERRUPTED_MESSAGE, INTERRUPTED)
+            return _fail(_interrupted(verb), INTERRUPTED)
         return stop.code if isinstance(stop.code, int) else 0
     except Exception as error:
         if not _is_out_of_memory(error):
             raise
-        return _fail(f"memory ran out ({error}). Lower --data.max_batch_tokens.", 1)
+        return _fail(f"memory ran out ({error}). Use a smaller batch, or a narrower dtype.", 1)
 
 
 def _run(verb: str, options: list[str]) -> int:
     run: Callable[[list[str]], int] = import_module(f"moe_lightning.cli.{verb}").run
     _quieten()  # after the imports, which set their loggers up
     return run(options)
+
+
+def _interrupted(verb: str) -> str:
+    return f"interrupted; the same command {'continues' if verb == 'predict' else 'starts again'}."
 
 
 def _fail(message: str, code: int) -> int:

@@ -1,6 +1,9 @@
-"""``predict``: batched inference over a file of prompts."""
+"""``predict``: batched inference over a file of prompts, a job that the same command continues."""
 
 from collections.abc import Sequence
+
+from lightning.pytorch.cli import LightningArgumentParser
+from typing_extensions import override
 
 from moe_lightning.callbacks import (
     PlacementFile,
@@ -14,6 +17,45 @@ from moe_lightning.data.prompts import PromptData
 SOME_ROWS_FAILED = 3
 
 
+class PredictCLI(MoECLI):
+    """The command line of predict: what a job may be told stands beside ``--output_dir``."""
+
+    @override
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        super().add_arguments_to_parser(parser)
+        parser.add_argument(
+            "--restart",
+            type=bool,
+            nargs="?",
+            const=True,
+            default=False,
+            help="Forget what an earlier run did in --output_dir, and begin anew. The default is "
+            "to continue it.",
+        )
+        parser.add_argument(
+            "--retry_errors",
+            type=bool,
+            nargs="?",
+            const=True,
+            default=False,
+            help="Compute rows again that failed in an earlier run of the same job. The default is "
+            "to leave them in errors.jsonl.",
+        )
+        parser.add_argument(
+            "--max_errors",
+            type=int | None,
+            default=None,
+            help="Number of failed rows above which the run ends early. The default is no limit.",
+        )
+        for name in ("restart", "retry_errors", "max_errors", "ckpt_path"):
+            parser.link_arguments(name, f"writer.{name}")
+
+    @override
+    def before_instantiate_classes(self) -> None:
+        super().before_instantiate_classes()
+        self.config.writer.ckpt_path = self.config.ckpt_path  # where last is the newest
+
+
 def run(arguments: Sequence[str]) -> int:
     """Run the verb.
 
@@ -24,7 +66,7 @@ def run(arguments: Sequence[str]) -> int:
         0 if every row was answered, 3 if some are in ``errors.jsonl``.
     """
     throughput = Throughput()
-    cli = MoECLI(
+    cli = PredictCLI(
         verb="predict",
         datamodule_class=PromptData,
         output_dir="./outputs/predict",

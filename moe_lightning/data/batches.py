@@ -25,6 +25,7 @@ from moe_lightning.data.records import (
 )
 from moe_lightning.data.row_store import RowStore
 from moe_lightning.data.source import RowSource
+from moe_lightning.jobs.plan import WorkUnit, work_units
 
 _ACCEPTED = (
     "a batch for predict must be a RowBatch, a list of prompts, a list of dicts like "
@@ -42,6 +43,10 @@ class PlannedBatches(Dataset[RowBatch]):
         source: The scanned input.
         encoder: Tokenises the rows.
         store: The rows in memory, or None to read and tokenise them again.
+
+    Attributes:
+        is_done_N: For each row of the input, whether it was done by an earlier run; those are left
+            out. None if there was none.
     """
 
     def __init__(
@@ -56,15 +61,30 @@ class PlannedBatches(Dataset[RowBatch]):
         self._source = source
         self._encoder = encoder
         self._store = store
+        self.is_done_N: NDArray[np.bool_] | None = None
+        self._units: list[WorkUnit] | None = None
 
     def __len__(self) -> int:
-        return len(self._batches)
+        return len(self._all_units())
 
     def __getitem__(self, index: int) -> RowBatch:
-        numbers = self._batches[index].tolist()
+        return self.read(self._all_units()[index])
+
+    def units(self, num_ranks: int) -> list[WorkUnit]:
+        """What so many ranks have to do, all of it, in order; see ``jobs.work_units``."""
+        return work_units(self._batches, num_ranks=num_ranks, is_done_N=self.is_done_N)
+
+    def read(self, unit: WorkUnit) -> RowBatch:
+        """Return the rows of a unit."""
+        numbers = unit.rows.tolist()
         if self._store is not None:
-            return RowBatch(index, [self._store.get(row) for row in numbers], [])
-        return _encode(self._source.read(numbers), self._encoder, index=index)
+            return RowBatch(unit.number, [self._store.get(row) for row in numbers], [])
+        return _encode(self._source.read(numbers), self._encoder, index=unit.number)
+
+    def _all_units(self) -> list[WorkUnit]:
+        if self._units is None:
+            self._units = self.units(1)
+        return self._units
 
 
 def as_row_batch(batch: object, encoder: Encoder, *, index: int, first_id: int = 0) -> RowBatch:

@@ -77,9 +77,7 @@ class Encoder:
     def _to_row(self, record: Record, result: list[int] | str) -> Row | RowError:
         error = result if isinstance(result, str) else self.check_tokens(result)
         if error is not None:
-            return RowError(
-                row=record.row, line=record.line, id=record.id, stage="encode", error=error
-            )
+            return RowError(record.row, record.line, record.id, "encode", error, record.offset)
         assert not isinstance(result, str)
         return Row(
             row=record.row,
@@ -87,6 +85,7 @@ class Encoder:
             id=record.id,
             token_ids=result,
             options=record.options,
+            offset=record.offset,
         )
 
     def _encode_chunk(self, records: list[Record], *, is_chat: bool) -> list[list[int] | str]:

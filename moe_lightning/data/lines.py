@@ -53,7 +53,7 @@ class LineSource(RowSource):
                         gap = line - row
                         self._gap_rows.append(row)
                         self._gap_sizes.append(gap)
-                    yield self._to_item(text, num_bytes, row=row, line=line)
+                    yield self._to_item(text, num_bytes, row=row, line=line, offset=offset)
                     row += 1
                 offset += num_bytes
                 self.num_bytes_scanned = offset
@@ -68,7 +68,8 @@ class LineSource(RowSource):
                 offset = self._offsets[row]
                 file.seek(offset)
                 text, num_bytes = self._read_line(file, is_first=offset == 0)
-                items[row] = self._to_item(text, num_bytes, row=row, line=self._line_of(row))
+                line = self._line_of(row)
+                items[row] = self._to_item(text, num_bytes, row=row, line=line, offset=offset)
         return [items[row] for row in rows]
 
     def _line_of(self, row: int) -> int:
@@ -93,7 +94,7 @@ class LineSource(RowSource):
         return raw.removesuffix(b"\n").removesuffix(b"\r"), num_bytes
 
     def _to_item(
-        self, raw: bytes | None, num_bytes: int, *, row: int, line: int
+        self, raw: bytes | None, num_bytes: int, *, row: int, line: int, offset: int
     ) -> Record | RowError:
         try:
             if raw is None:
@@ -108,12 +109,12 @@ class LineSource(RowSource):
                     f"the line is not UTF-8: byte 0x{raw[error.start]:02x} at position "
                     f"{error.start}; convert the file, for example with iconv"
                 ) from None
-            return self._parse(text, row=row, line=line)
+            return self._parse(text, row=row, line=line, offset=offset)
         except RecordError as error:
-            return RowError(row=row, line=line, id=error.id, stage="read", error=str(error))
+            return RowError(row, line, error.id, "read", str(error), offset)
 
     @abstractmethod
-    def _parse(self, text: str, *, row: int, line: int) -> Record: ...
+    def _parse(self, text: str, *, row: int, line: int, offset: int) -> Record: ...
 
 
 class TextSource(LineSource):
@@ -121,14 +122,14 @@ class TextSource(LineSource):
 
     _has_ids = False
 
-    def _parse(self, text: str, *, row: int, line: int) -> Record:
-        return Record(row=row, line=line, id=line, prompt=text, messages=None, options=RowOptions())
+    def _parse(self, text: str, *, row: int, line: int, offset: int) -> Record:
+        return Record(row, line, line, text, None, RowOptions(), offset)
 
 
 class JsonLinesSource(LineSource):
     """One JSON object a line, as `parse_record` describes."""
 
-    def _parse(self, text: str, *, row: int, line: int) -> Record:
+    def _parse(self, text: str, *, row: int, line: int, offset: int) -> Record:
         try:
             obj = json.loads(text)
         except json.JSONDecodeError as error:
@@ -139,4 +140,4 @@ class JsonLinesSource(LineSource):
             raise RecordError("the line is not usable: its JSON is nested too deeply") from None
         except ValueError as error:  # an int of more digits than Python converts
             raise RecordError(f"the line is not usable: {error}") from None
-        return parse_record(obj, row=row, line=line)
+        return parse_record(obj, row=row, line=line, offset=offset)

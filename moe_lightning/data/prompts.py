@@ -6,9 +6,12 @@
 Memory: some 40 bytes a row for inputs of any size; small inputs are kept as tokens.
 """
 
+import hashlib
 import sys
 from array import array
 from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
 from typing import Any, Protocol, cast
 
 import numpy as np
@@ -23,9 +26,11 @@ from moe_lightning.data.batching import plan_batches
 from moe_lightning.data.encode import CHUNK_ROWS, Encoder
 from moe_lightning.data.readers import InputFormat, open_source
 from moe_lightning.data.records import Record, Row, RowBatch, RowError
+from moe_lightning.data.remote_input import fetch_input
 from moe_lightning.data.row_store import RowStore
 from moe_lightning.data.source import RowSource
 from moe_lightning.errors import UsageError
+from moe_lightning.jobs.storages import is_url
 
 MAX_TOKENS_IN_MEMORY = 5_000_000
 # Long prompts are tokenised in smaller chunks, so that a chunk stays small.
@@ -54,18 +59,22 @@ class PromptData(LightningDataModule):
 
     Args:
         input: The file of prompts: JSON Lines (`{"id", "prompt"}`, `{"id", "messages"}` or OpenAI
-            batch lines), Parquet, or text with one prompt a line; `demo` means the prompts that
-            ship with the package.
+            batch lines), Parquet, or text with one prompt a line; a path, or a URL that fsspec
+            knows; `demo` means the prompts that ship with the package.
         format: The file's format; `auto` goes by the ending of its name.
         max_batch_tokens: The token budget of one batch, padding included; a longer row gets a batch
             of its own. Larger batches are faster and take more memory.
         limit_rows: Only the first so many rows of the file are used; null means all.
+        max_forward_tokens: Tokens that are computed at once, for when memory runs out: unlike
+            max_batch_tokens it may be changed in the middle of a job. null means max_batch_tokens.
 
     Attributes:
         num_rows: Number of rows of the input, good and bad.
         row_errors: The rows that could not be read or tokenised, by row number.
         batches: Row numbers of each planned batch.
         num_tokens_N: Tokens of each of the N good rows, by row number.
+        num_done: Rows that an earlier run of the job computed.
+        num_failed: How many of these failed.
     """
 
     def __init__(
@@ -75,6 +84,7 @@ class PromptData(LightningDataModule):
         format: InputFormat = "auto",
         max_batch_tokens: int = 16384,
         limit_rows: int | None = None,
+        max_forward_tokens: int | None = None,
     ) -> None:
         super().__init__()
         if max_batch_tokens <= 0:
@@ -86,11 +96,17 @@ class PromptData(LightningDataModule):
             raise UsageError(
                 f"--data.limit_rows is {limit_rows}; use 0 or more, or leave it out for all rows."
             )
+        if max_forward_tokens is not None and max_forward_tokens <= 0:
+            raise UsageError(
+                f"--data.max_forward_tokens is {max_forward_tokens}; use 1 or more, or leave it "
+                "out."
+            )
         self.input = input
         self.format: InputFormat = format
         self.max_batch_tokens = max_batch_tokens
         self.limit_rows = limit_rows
-        self.num_rows = 0
+        self.max_forward_tokens = max_forward_tokens
+        self.num_rows = self.num_done = self.num_failed = 0
         self.row_errors: list[RowError] = []
         self.batches: list[NDArray[np.int64]] = []
         self.num_tokens_N: NDArray[np.int64] = np.zeros(0, dtype=np.int64)
@@ -121,8 +137,8 @@ class PromptData(LightningDataModule):
         Raises:
             UsageError: If the input cannot be used at all.
         """
-        source = open_source(self._path(), format=self.format)
-        self.num_rows, self.row_errors = 0, []
+        source = open_source(self.path, format=self.format)
+        self.num_rows, self.row_errors, self.num_done, self.num_failed = 0, [], 0, 0
         store: RowStore | None = RowStore(max_tokens=MAX_TOKENS_IN_MEMORY)
         rows, num_tokens, max_new_tokens = array("q"), array("q"), array("q")
         for item in self._rows(source, encoder, is_quiet=is_quiet):
@@ -148,12 +164,51 @@ class PromptData(LightningDataModule):
         assert self._dataset is not None, "setup('predict') comes first"
         return DataLoader(self._dataset, batch_size=None, num_workers=0)
 
-    def _path(self) -> str:
-        if self.input != "demo":
-            return self.input
-        from moe_lightning.demo import prompts_path
+    @property
+    def budget_tokens(self) -> int:
+        """Tokens that may be in flight at once, padding included."""
+        return min(self.max_batch_tokens, self.max_forward_tokens or self.max_batch_tokens)
 
-        return str(prompts_path())
+    @cached_property
+    def path(self) -> Path:
+        """The input file on this machine."""
+        if self.input == "demo":
+            from moe_lightning.demo import prompts_path
+
+            return prompts_path()
+        return fetch_input(self.input) if is_url(self.input) else Path(self.input)
+
+    def identity(self) -> dict[str, Any]:
+        """What of the input and its plan decides the answers; reads the whole file once.
+
+        Returns:
+            Plain values.
+        """
+        with open(self.path, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256")
+            num_bytes = file.tell()
+        return {
+            "input": {"bytes": num_bytes, "sha256": digest.hexdigest()},
+            "format": self.format,
+            "max_batch_tokens": self.max_batch_tokens,
+            "limit_rows": self.limit_rows,
+        }
+
+    def leave_out(self, is_done_N: NDArray[np.bool_], *, num_failed: int) -> None:
+        """Leave out rows that an earlier run of the job has computed; after `setup`.
+
+        Args:
+            is_done_N: For each of the input's N rows, whether it is done.
+            num_failed: How many of these failed.
+        """
+        assert self._dataset is not None, "setup('predict') comes first"
+        self._dataset.is_done_N = is_done_N
+        self.num_done, self.num_failed = int(is_done_N.sum()), num_failed
+
+    @property
+    def is_done(self) -> bool:
+        """Whether earlier runs have left nothing to compute."""
+        return bool(self.num_done) and not self._dataset
 
     def _rows(
         self, source: RowSource, encoder: Encoder, *, is_quiet: bool

@@ -3,7 +3,7 @@
     plan of 5 batches, 2 ranks      rank 0     rank 1
     a round each of whole batches   0          1
                                     2          3
-    the rest, split by rows         4, even    4, odd
+    the rest, split by rows         4, even    4, odd      (jobs.work_units)
 
 Ranks whose forwards exchange things must take part in as many batches as the others; a rank without
 rows in a round gets an empty batch. A user's own dataloader is read whole by every rank, which
@@ -60,26 +60,18 @@ class _PlannedShare(Dataset[RowBatch]):
         self._planned = planned
         self._rank = rank
         self._num_ranks = num_ranks
-        self._num_whole, self._num_rest = divmod(len(planned), num_ranks)
+        self._units = planned.units(num_ranks)
 
     def __len__(self) -> int:
-        return self._num_whole + (self._num_rest > 0)
+        return -(-len(self._units) // self._num_ranks)
 
     def __getitem__(self, number: int) -> RowBatch:
         if not 0 <= number < len(self):
             raise IndexError(number)
-        first = number * self._num_ranks
-        if number < self._num_whole:
-            return self._planned[first + self._rank]
-        rest = [self._planned[first + n] for n in range(self._num_rest)]
-        rows = [row for batch in rest for row in batch.rows]
-        errors = [error for batch in rest for error in batch.errors]
-        # Numbers beyond those of the plan, one for each rank.
-        return RowBatch(
-            len(self._planned) + self._rank,
-            rows[self._rank :: self._num_ranks],
-            errors[self._rank :: self._num_ranks],
-        )
+        place = number * self._num_ranks + self._rank
+        if place < len(self._units):
+            return self._planned.read(self._units[place])
+        return RowBatch(place, [], [])
 
 
 class _LoaderShare(IterableDataset[Any]):

@@ -66,6 +66,7 @@ class Record:
         prompt: The text to continue.
         messages: The conversation to answer; every content is a string.
         options: The row's own options.
+        offset: Where its line begins in the file, in bytes; None where rows are no lines.
     """
 
     row: int
@@ -74,6 +75,7 @@ class Record:
     prompt: str | None
     messages: list[dict[str, Any]] | None
     options: RowOptions
+    offset: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +87,7 @@ class Row:
     id: str | int
     token_ids: list[int]
     options: RowOptions
+    offset: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +100,7 @@ class RowError:
         id: The row's id; None where it could not be read.
         stage: Where it failed.
         error: What is wrong, why, and what to do.
+        offset: Where its line begins in the file, in bytes; None where rows are no lines.
     """
 
     row: int
@@ -104,10 +108,17 @@ class RowError:
     id: str | int | None
     stage: Literal["read", "encode", "compute"]
     error: str
+    offset: int | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return the row of `errors.jsonl`."""
-        return {"id": self.id, "line": self.line, "stage": self.stage, "error": self.error}
+        return {
+            "id": self.id,
+            "line": self.line,
+            "offset": self.offset,
+            "stage": self.stage,
+            "error": self.error,
+        }
 
 
 class RowBatch:
@@ -140,7 +151,7 @@ class RowBatch:
         return f"RowBatch(index={self.index}, rows={self.rows!r}, errors={self.errors!r})"
 
 
-def parse_record(obj: object, *, row: int, line: int) -> Record:
+def parse_record(obj: object, *, row: int, line: int, offset: int | None = None) -> Record:
     """Check one parsed row and bring it into the one form that the rest of the package knows.
 
     Args:
@@ -148,6 +159,7 @@ def parse_record(obj: object, *, row: int, line: int) -> Record:
             lines of an OpenAI batch file. Other fields of own rows are ignored.
         row: Position among the input's rows, from 0.
         line: Line in the file, from 1; the id of a row that has none.
+        offset: Where the line begins in the file, in bytes.
 
     Returns:
         The record.
@@ -184,6 +196,7 @@ def parse_record(obj: object, *, row: int, line: int) -> Record:
             prompt=prompt,
             messages=None if messages is None else parse_messages(messages),
             options=parse_options(fields),
+            offset=offset,
         )
     except RecordError as error:
         raise RecordError(str(error), id=row_id) from None

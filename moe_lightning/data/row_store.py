@@ -16,7 +16,7 @@ class RowStore:
         self._free_tokens = max_tokens
         self._token_ids = array("i")
         self._slices: dict[int, tuple[int, int]] = {}
-        self._facts: dict[int, tuple[int, str | int, RowOptions]] = {}
+        self._facts: dict[int, tuple[int, str | int, RowOptions, int | None]] = {}
 
     def add(self, row: Row) -> bool:
         """Keep a row; returns False, and forgets all rows, once they are too many."""
@@ -27,11 +27,11 @@ class RowStore:
         start = len(self._token_ids)
         self._token_ids.extend(row.token_ids)
         self._slices[row.row] = (start, len(self._token_ids))
-        self._facts[row.row] = (row.line, row.id, row.options)
+        self._facts[row.row] = (row.line, row.id, row.options, row.offset)
         return True
 
     def get(self, row: int) -> Row:
         """Return a kept row by its number."""
         start, stop = self._slices[row]
-        line, id_, options = self._facts[row]
-        return Row(row, line, id_, self._token_ids[start:stop].tolist(), options)
+        line, id_, options, offset = self._facts[row]
+        return Row(row, line, id_, self._token_ids[start:stop].tolist(), options, offset)

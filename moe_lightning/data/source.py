@@ -101,6 +101,7 @@ class RowSource(ABC):
             id=record.id,
             stage="read",
             error=f"the id {record.id!r} is that of line {line} already; give every row its own id",
+            offset=record.offset,
         )
 
 

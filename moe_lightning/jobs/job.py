@@ -152,7 +152,10 @@ class Job:
             is_there = all(self.storage.exists(name) for name in success["files"])
             if is_there and not (retry_errors and success["num_retryable"]):
                 self.outcome = Outcome(**success["counts"])
-                self.is_done_N[:] = True
+                for rows in self.plan.batches:
+                    self.is_done_N[rows] = True
+                self.num_done = int(self.is_done_N.sum())
+                self.num_failed = success["num_retryable"]
                 return
             self.storage.remove(SUCCESS)
         self._claim_epoch()

@@ -57,6 +57,10 @@ class PartWriter:
         self._storage.append(self._log, encode(entry))
         return entry
 
+    def has_begun(self) -> bool:
+        """Whether this process sees that its run has begun."""
+        return self._storage.exists(epoch_name(self._folder, self._epoch))
+
     def check_epoch(self) -> None:
         """Raise StoppedError if a later run of the job has begun."""
         if self._storage.exists(epoch_name(self._folder, self._epoch + 1)):

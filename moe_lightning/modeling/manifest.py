@@ -3,9 +3,12 @@ file."""
 
 import hashlib
 import os
+from collections.abc import Iterator
+from pathlib import Path
 
 from moe_lightning.modeling.checkpoint import CheckpointView
 from moe_lightning.modeling.file_reading import open_regular, read_exactly
+from moe_lightning.modeling.training_checkpoint import find_sharded
 
 SAMPLES = 16
 SAMPLE_BYTES = 64 * 2**10
@@ -29,13 +32,38 @@ def manifest_hash(view: CheckpointView) -> str:
     """
     digest = hashlib.sha256(view.fingerprint().encode())
     for file in sorted({info.file for info in view.tensors.values()}, key=lambda file: file.name):
-        fd = open_regular(file)
-        try:
-            num_bytes = os.fstat(fd).st_size
-            last = max(0, num_bytes - SAMPLE_BYTES)
-            for sample in range(SAMPLES):
-                offset = last * sample // (SAMPLES - 1)
-                digest.update(read_exactly(fd, min(SAMPLE_BYTES, num_bytes - offset), offset))
-        finally:
-            os.close(fd)
+        for sample in _samples(file):
+            digest.update(sample)
     return digest.hexdigest()
+
+
+def training_checkpoint_hash(path: Path) -> str:
+    """Hash samples of a training checkpoint of fit.
+
+    Args:
+        path: A file, or a directory of shards.
+
+    Returns:
+        SHA-256 in hex.
+    """
+    directory = find_sharded(path)
+    files = [path] if directory is None else sorted(p for p in directory.iterdir() if p.is_file())
+    digest = hashlib.sha256()
+    for file in files:
+        name = "" if directory is None else file.name
+        digest.update(f"{name}\0{file.stat().st_size}\0".encode())
+        for sample in _samples(file):
+            digest.update(sample)
+    return digest.hexdigest()
+
+
+def _samples(file: Path) -> Iterator[bytes]:
+    fd = open_regular(file)
+    try:
+        num_bytes = os.fstat(fd).st_size
+        last = max(0, num_bytes - SAMPLE_BYTES)
+        for sample in range(SAMPLES):
+            offset = last * sample // (SAMPLES - 1)
+            yield read_exactly(fd, min(SAMPLE_BYTES, num_bytes - offset), offset)
+    finally:
+        os.close(fd)

@@ -1,5 +1,6 @@
 """The tokenizer of a checkpoint."""
 
+import hashlib
 from typing import cast
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -33,3 +34,24 @@ def load_tokenizer(view: CheckpointView) -> PreTrainedTokenizerBase:
             "tokenizer_config.json "
             "from the checkpoint's source."
         ) from error
+
+
+def tokenizer_hash(view: CheckpointView) -> str:
+    """A hash of the files that decide how texts become tokens, and tokens texts.
+
+    Args:
+        view: The opened checkpoint.
+
+    Returns:
+        SHA-256 in hex of the directory's files that are no weights: vocabulary, chat template and
+        configs, that of generation too.
+    """
+    digest = hashlib.sha256()
+    for file in sorted(view.path.iterdir()):
+        if file.suffix in _SMALL_FILES and file.is_file():
+            content = file.read_bytes()
+            digest.update(f"{file.name}\0{len(content)}\0".encode() + content)
+    return digest.hexdigest()
+
+
+_SMALL_FILES = (".json", ".jinja", ".model", ".txt", ".tiktoken")

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from moe_lightning.errors import WorkersLostError
+from moe_lightning.errors import StoppedError, WorkersLostError
 from moe_lightning.strategies.rank_failures import (
     Farewell,
     find_cause,
@@ -118,6 +118,9 @@ class RankWatch:
             interrupted; None if the error is this rank's own.
         """
         if self._own is not None:
+            return None
+        if isinstance(error, StoppedError):  # as all ranks have agreed
+            self._leave(Farewell("interrupted"))
             return None
         if not (is_group_failure(error) or is_interrupt(error)):
             self._leave(Farewell("failed", f"{type(error).__name__}: {error}"))

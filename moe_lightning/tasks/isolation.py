@@ -97,7 +97,7 @@ def run_isolated(
             (row,) = rows
             progress(1, 0, 0, 0)
             message = f"the model raised {type(error).__name__}: {error}"
-            return [RowError(row=row.row, line=row.line, id=row.id, stage="compute", error=message)]
+            return [RowError(row.row, row.line, row.id, "compute", message, row.offset)]
 
     answers = [(row.row, answer) for row, answer in zip(batch.rows, run(batch.rows), strict=True)]
     progress(len(batch.errors), 0, 0, 0)

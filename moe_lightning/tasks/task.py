@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from dataclasses import asdict, is_dataclass
 from typing import Any, ClassVar
 
 import numpy as np
@@ -33,6 +34,18 @@ class Task(ABC):
     rows_factor: int = 1
     add_generation_prompt: ClassVar[bool] = False
     default_max_new_tokens: int = 0
+
+    def identity(self) -> dict[str, Any]:
+        """What decides the answers: the class and its options.
+
+        Returns:
+            Plain values.
+        """
+        options = {
+            name: asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
+            for name, value in vars(self).items()
+        }
+        return {"name": type(self).__name__, **options}
 
     def planned_tokens(
         self, num_prompt_tokens_N: NDArray[np.int64], max_new_tokens_N: NDArray[np.int64]
@@ -74,4 +87,5 @@ def not_finite(row: Row, what: str) -> RowError:
         stage="compute",
         error=f"{NOT_FINITE} {what} for this row; if many rows fail, look for "
         "bad weights with --model.check_weights true, or use a wider --model.dtype",
+        offset=row.offset,
     )
