@@ -8,3 +8,6 @@ REPORT = {
     "communication_time.png",
     "communication_trace.json",
 }
+
+# What a finished predict leaves besides its results.
+JOB = {"_SUCCESS", "job"}

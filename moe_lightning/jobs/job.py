@@ -18,6 +18,7 @@ import os
 import secrets
 import socket
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -127,7 +128,13 @@ class Job:
             "batches_sha256": plan.batches_sha256(),
         }
         if stored is not None and not restart and plan.num_rows is not None:
-            _check_same(stored, facts)
+            found = _differences(stored, facts)
+            if found and _has_begun(storage, stored["id"]):
+                raise _other_job(found)
+            restart = bool(found)
+        else:
+            restart = True
+        if not restart:
             id = stored["id"]
         else:
             storage.remove(SUCCESS)  # from here on what is there is no result
@@ -294,24 +301,35 @@ class Job:
             self.storage.remove_folder(self.folder)
 
     def close(self) -> None:
-        """Let others at it."""
+        """Let others at it. A job that nobody can continue, or has begun, leaves nothing behind."""
+        is_newest = not self.storage.exists(epoch_name(self.folder, self.epoch + 1))
+        if self.outcome is None and is_newest:
+            with suppress(OSError):
+                if self.plan.num_rows is None or not _has_begun(self.storage, self.id):
+                    self.storage.remove(PLAN)
+                    self.storage.remove_folder("job")
         self.storage.close()
 
 
-def _check_same(stored: dict[str, Any], facts: dict[str, Any]) -> None:
+def _has_begun(storage: Storage, id: str) -> bool:
+    """Whether anything was committed to a job, ever."""
+    success = json.loads(storage.read(SUCCESS) or b"{}")
+    return success.get("job") == id or any(storage.logs(f"job/{id}/ledger").values())
+
+
+def _differences(stored: dict[str, Any], facts: dict[str, Any]) -> list[str]:
     if stored.get("layout") != _LAYOUT:
-        found = [f"layout: {stored.get('layout')}, now {_LAYOUT}"]
-    else:
-        now = json.loads(json.dumps(facts["identity"]))
-        found = differences(stored["identity"], now)
-        if not found and any(
-            stored[name] != facts[name] for name in ("num_rows", "num_batches", "batches_sha256")
-        ):
-            found = ["the planned batches are others"]
-    if found:
-        lines = "\n  ".join(found)
-        raise UsageError(
-            f"--output_dir holds another job, of which this one differs in\n  {lines}\nChoose "
-            "another --output_dir, go back to what it was, or say --restart to forget what was "
-            "done there."
-        )
+        return [f"layout: {stored.get('layout')}, now {_LAYOUT}"]
+    found = differences(stored["identity"], json.loads(json.dumps(facts["identity"])))
+    counts = ("num_rows", "num_batches", "batches_sha256")
+    if not found and any(stored[name] != facts[name] for name in counts):
+        return ["the planned batches are others"]
+    return found
+
+
+def _other_job(found: list[str]) -> UsageError:
+    lines = "\n  ".join(found)
+    return UsageError(
+        f"--output_dir holds another job, of which this one differs in\n  {lines}\nChoose another "
+        "--output_dir, go back to what it was, or say --restart to forget what was done there."
+    )

@@ -219,6 +219,10 @@ class LocalStorage(Storage):
     @override
     def close(self) -> None:
         if self._lock is not None:
+            path = self.root / LOCK
+            with suppress(OSError):
+                self._do.remove(path)
+                self._do.remove_directory(path.parent)  # if there is no job in it
             self._do.close(self._lock)
             self._lock = None
 

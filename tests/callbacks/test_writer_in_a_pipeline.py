@@ -9,6 +9,7 @@ import lightning as L
 import pyarrow.parquet as pq
 import pytest
 import torch
+from report_files import JOB
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer
 
@@ -59,7 +60,7 @@ def test_prompts_of_a_dataloader_are_written_in_its_order(
         expected = plain.logprob(words(prompt)["input_ids"])
         assert row["logprob"] == pytest.approx(expected, abs=1e-4)
     assert [row for batch in returned for row in batch] == rows
-    assert {p.name for p in Path("out").iterdir()} == {"predictions.jsonl"}
+    assert {p.name for p in Path("out").iterdir()} == JOB | {"predictions.jsonl"}
 
 
 def test_dicts_of_a_dataloader_keep_their_ids_and_bad_rows_are_errors(trainer, checkpoint) -> None:
@@ -126,7 +127,7 @@ def test_without_a_directory_the_trainers_is_used(trainer, checkpoint) -> None:
     run = trainer(PredictionWriter(format="parquet"), Throughput(), default_root_dir="root")
     run.predict(module, DataLoader(PROMPTS, batch_size=2))
     assert pq.read_table("root/predictions.parquet").num_rows == 3
-    assert {p.name for p in Path("root").iterdir()} == {"predictions.parquet", "run.json"}
+    assert {p.name for p in Path("root").iterdir()} == JOB | {"predictions.parquet", "run.json"}
     assert {p.name for p in Path().iterdir()} == {"root"}
 
 

@@ -75,10 +75,11 @@ def run(work: Path, capfd: pytest.CaptureFixture[str]) -> Iterator[Run]:
 
 @pytest.fixture
 def predict(run: Run, tiny: Path) -> Run:
-    """Run ``predict`` with the tiny checkpoint into ``out``."""
+    """Run ``predict`` with the tiny checkpoint into ``out``, anew each time."""
 
     def predict(*arguments: object) -> Finished:
-        return run("predict", "--model.checkpoint", tiny, "--output_dir", "out", *arguments)
+        own = ("--model.checkpoint", tiny, "--output_dir", "out", "--restart")
+        return run("predict", *own, *arguments)
 
     return predict
 

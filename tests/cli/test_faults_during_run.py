@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,8 +16,8 @@ import pytest
 import torch
 
 import moe_lightning
-from moe_lightning.callbacks import prediction_writer
 from moe_lightning.cli import main as cli_main
+from moe_lightning.jobs.file_operations import FileOperations
 from moe_lightning.tasks import Embed, Generate, Score
 from moe_lightning.tasks import generate as generate_file
 
@@ -27,6 +28,14 @@ ROWS = [{"id": name, "prompt": f"the row {name}"} for name in ("a", "b", "bad", 
 def predict_rows(predict, write_rows):
     write_rows("in.jsonl", ROWS)
     return lambda *arguments: predict("--data.input", "in.jsonl", *arguments)
+
+
+@pytest.fixture
+def continue_rows(run, tiny, write_rows):
+    """The same command again and again: the job goes on."""
+    write_rows("in.jsonl", ROWS)
+    own = ("--model.checkpoint", tiny, "--data.input", "in.jsonl", "--output_dir", "out")
+    return lambda *arguments: run("predict", *own, *arguments)
 
 
 @pytest.mark.parametrize("task", [Generate, Score, Embed])
@@ -54,7 +63,7 @@ def test_a_row_that_makes_the_model_raise_costs_one_row(
     if task is Generate:
         assert answers == wanted
     (error,) = read_rows("out/errors.jsonl")
-    assert list(error) == ["id", "line", "stage", "error"]
+    assert list(error) == ["id", "line", "offset", "stage", "error"]
     assert (error["id"], error["line"], error["stage"]) == ("bad", 3, "compute")
     assert "RuntimeError: index 99 is out of bounds" in error["error"]
     report = json.loads(Path("out/run.json").read_text())
@@ -92,74 +101,99 @@ def test_when_every_row_raises_the_job_still_ends_with_3(
     assert [row["id"] for row in read_rows("out/errors.jsonl")] == [row["id"] for row in ROWS]
 
 
-def code_of(run: Any, *arguments: object) -> int:
-    """The exit code; an exception that reaches the interpreter is 1."""
-    try:
-        return run(*arguments).code
-    except Exception:
-        return 1
-
-
 FAULTS = {
     "out of memory": torch.OutOfMemoryError("tried to allocate 20.00 GiB"),
     "host memory": MemoryError("no memory"),
 }
 
 
+@pytest.fixture
+def faulty(monkeypatch):
+    """Make Score fail at the row ``c``, until ``mend`` is called."""
+
+    def faulty(fault: Exception):
+        run = Score.run
+
+        def run_or_raise(self: Any, runner: Any, rows: Sequence[Any], **options: Any) -> Any:
+            if any(row.id == "c" for row in rows):
+                raise fault
+            return run(self, runner, rows, **options)
+
+        monkeypatch.setattr(Score, "run", run_or_raise)
+        return lambda: monkeypatch.setattr(Score, "run", run)
+
+    return faulty
+
+
 @pytest.mark.parametrize("name", FAULTS)
-def test_memory_that_runs_out_ends_the_run_with_its_reason_and_no_predictions(
-    predict_rows, monkeypatch, name
+def test_memory_that_runs_out_keeps_what_is_done_and_says_how_to_continue(
+    continue_rows, read_rows, faulty, name
 ) -> None:
-    fault, run = FAULTS[name], Score.run
-
-    def run_or_raise(self: Any, runner: Any, rows: Sequence[Any], **options: Any) -> Any:
-        if any(row.id == "c" for row in rows):
-            raise fault
-        return run(self, runner, rows, **options)
-
-    monkeypatch.setattr(Score, "run", run_or_raise)
+    fault = FAULTS[name]
+    mend = faulty(fault)
     options = ("--model.task", "Score", "--data.max_batch_tokens", 1)
-    assert code_of(predict_rows, *options) == 1
-    report = json.loads(Path("out/run.json").read_text())
-    assert type(fault).__name__ in report["exit_reason"]
-    assert str(fault) in report["exit_reason"]
-    assert {p.name for p in Path("out").iterdir()} == {"config.yaml", "run.json"}
-
-
-def test_memory_that_runs_out_says_what_to_do(predict_rows, monkeypatch) -> None:
-    def fail(*_: Any, **__: Any) -> Any:
-        raise torch.OutOfMemoryError("tried to allocate 20.00 GiB")
-
-    monkeypatch.setattr(Score, "run", fail)
-    finished = predict_rows("--model.task", "Score")
+    finished = continue_rows(*options)
     assert finished.code == 1
     assert "Traceback" not in finished.err
-    assert "--data.max_batch_tokens" in finished.err
+    for word in (type(fault).__name__, str(fault), "1 rows", "GB", "--data.max_forward_tokens"):
+        assert word in finished.err, finished.err
+    report = json.loads(Path("out/run.json").read_text())
+    assert str(fault) in report["exit_reason"]
+    assert not Path("out/predictions.jsonl").exists()
+    mend()
+    again = continue_rows(*options, "--data.max_forward_tokens", 1)
+    assert again.code == 0, again.err
+    assert [row["id"] for row in read_rows("out/predictions.jsonl")] == [r["id"] for r in ROWS]
+    report = json.loads(Path("out/run.json").read_text())
+    assert (report["num_rows"], report["num_done_before"]) == (5, 3)  # the longest row came first
 
 
 @pytest.fixture
-def full_disk(monkeypatch):
-    """A disk that takes one part file and no more."""
-    taken = []
-    write = prediction_writer.atomic_writer
+def disk(monkeypatch):
+    """A disk with room for so many parts, as far as writing them goes."""
 
-    def write_once(path: Path) -> Any:
-        if taken:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
-        taken.append(path)
-        return write(path)
+    def disk(num_parts: int):
+        room = [num_parts]
+        create = FileOperations.create
 
-    monkeypatch.setattr(prediction_writer, "atomic_writer", write_once)
+        def create_or_fail(self: Any, path: Path) -> int:
+            if path.name.endswith(".tmp") or ".part." in path.name:
+                if room[0] == 0:
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+                room[0] -= 1
+            return create(self, path)
+
+        monkeypatch.setattr(FileOperations, "create", create_or_fail)
+        return room
+
+    return disk
 
 
-def test_a_full_disk_ends_the_run_with_its_reason_and_no_predictions(
-    predict_rows, full_disk
+def test_a_full_disk_is_waited_for_then_the_run_ends_resumably(
+    continue_rows, read_rows, disk
 ) -> None:
+    room = disk(2)
     options = ("--model.task", "Score", "--data.max_batch_tokens", 1)
-    assert code_of(predict_rows, *options) == 1
-    report = json.loads(Path("out/run.json").read_text())
-    assert "No space left on device" in report["exit_reason"]
-    assert {p.name for p in Path("out").iterdir()} == {"config.yaml", "run.json"}
+    finished = continue_rows(*options, "--writer.full_disk_wait_s", 0.3)
+    assert finished.code == 5, finished.err
+    assert "Traceback" not in finished.err
+    assert "the disk is full. Waiting" in finished.err
+    assert "same command continues" in finished.err
+    assert not list(Path("out/job/tmp").iterdir())
+    assert len(list(Path("out").glob("job/*/parts/*"))) == 2
+    room[0] = 99
+    assert continue_rows(*options).code == 0
+    assert [row["id"] for row in read_rows("out/predictions.jsonl")] == [r["id"] for r in ROWS]
+    assert json.loads(Path("out/run.json").read_text())["num_done_before"] == 2
+
+
+def test_a_disk_that_has_room_again_in_time_costs_nothing(continue_rows, disk) -> None:
+    room = disk(2)
+    threading.Timer(1.0, lambda: room.__setitem__(0, 99)).start()
+    options = ("--model.task", "Score", "--data.max_batch_tokens", 1)
+    finished = continue_rows(*options)
+    assert finished.code == 0, finished.err
+    assert "there is space again" in finished.err
 
 
 def test_ctrl_c_while_the_verb_is_imported_is_exit_code_5(run, monkeypatch) -> None:
@@ -218,13 +252,46 @@ def test_an_interrupted_run_ends_within_seconds_with_exit_code_5(
         *("--model.task.max_new_tokens", 100, "--model.task.ignore_eos", "true"),
     )
     # By then one batch is done and the next has begun.
-    code, said = stop_once_there_is("out/parts/*.part", process, stop)
+    code, said = stop_once_there_is("out/job/*/parts/*.part", process, stop)
     assert code == 5, said[-2000:]
     assert "Traceback" not in said
-    assert "interrupted" in said.lower()
+    assert "rows are done, and the same command continues" in said
     report = json.loads(Path("out/run.json").read_text())
     assert report["exit_reason"] == "interrupted"
-    assert {p.name for p in Path("out").iterdir()} == {"config.yaml", "run.json"}
+    ledger = [json.loads(line.split("\t")[0]) for line in read_logs(Path("out"))]
+    # What was in flight is finished, and its part committed.
+    assert report["num_predictions"] == sum(entry["num_rows"] for entry in ledger)
+    assert len(list(Path("out").glob("job/*/parts/*.part"))) == len(ledger)
+    assert {p.name for p in Path("out").iterdir()} == {"config.yaml", "run.json", "job"}
+
+
+def read_logs(directory: Path) -> list[str]:
+    logs = directory.glob("job/*/ledger/*.jsonl")
+    return [line for log in logs for line in log.read_text().splitlines()]
+
+
+def test_a_second_ctrl_c_ends_the_run_at_once(work, tiny, write_rows) -> None:
+    write_rows("in.jsonl", [{"id": n, "prompt": f"row {n}"} for n in range(20000)])
+    process = start(
+        *("predict", "--model.checkpoint", tiny, "--data.input", "in.jsonl"),
+        *("--output_dir", "out", "--data.max_batch_tokens", 100000),  # one long batch
+        *("--model.task.max_new_tokens", 100, "--model.task.ignore_eos", "true"),
+    )
+    try:
+        deadline_s = time.monotonic() + 60
+        while "row/s" not in Path("stderr").read_text() and time.monotonic() < deadline_s:
+            time.sleep(0.05)
+        time.sleep(1)
+        process.send_signal(signal.SIGINT)
+        time.sleep(1.5)
+        assert process.poll() is None, Path("stderr").read_text()
+        assert "stopping after the batch in flight" in Path("stderr").read_text()
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=10) == 5
+    finally:
+        process.kill()
+        process.wait()
+    assert "Traceback" not in Path("stderr").read_text()
 
 
 def test_an_interrupted_fit_ends_within_seconds_with_exit_code_5(work, tiny) -> None:

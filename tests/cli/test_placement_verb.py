@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from report_files import REPORT
+from report_files import JOB, REPORT
 
 from moe_lightning.cli.configs import config_directory
 from moe_lightning.placement import ExpertPlacement
@@ -78,7 +78,7 @@ def test_every_way_to_ask_for_it_gives_the_rows_of_one_device(predict_rows, sing
     assert finished.code == 0, finished.err
     assert Path("out/predictions.jsonl").read_bytes() == single
     left = {path.name for path in Path("out").iterdir()}
-    assert left - REPORT == {"predictions.jsonl", "run.json", "config.yaml", "placement.json"}
+    assert left - REPORT - JOB == {"predictions.jsonl", "run.json", "config.yaml", "placement.json"}
     report = json.loads(Path("out/run.json").read_text())
     num_slots = placement_in("out").num_slots
     assert (report["strategy"], report["world_size"]) == ("PlacementStrategy", 1)

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from report_files import JOB
 from transformers import AutoTokenizer
 
 GENERATE_KEYS = ["id", "text", "token_ids", "finish_reason", "num_prompt_tokens", "num_tokens"]
@@ -29,6 +30,9 @@ def plain(tiny: Path, plain_transformers: Callable[[Path], Any]) -> Any:
     return plain_transformers(tiny)
 
 
+JOB_FILES = {"_SUCCESS", "job/plan.json"}
+
+
 def files_below(directory: Path) -> set[str]:
     return {str(p.relative_to(directory)) for p in directory.rglob("*") if p.is_file()}
 
@@ -42,6 +46,7 @@ def test_generate_leaves_the_contracts_files_and_nothing_else(predict, work, wri
         "predictions.jsonl",
         "config.yaml",
         "run.json",
+        *JOB,
     }
 
 
@@ -187,7 +192,7 @@ def test_bad_rows_go_to_errors_and_the_exit_code_is_3(predict, write_rows, read_
     assert "errors.jsonl" in finished.err
     assert [row["id"] for row in read_rows("out/predictions.jsonl")] == ["a", 7]
     errors = read_rows("out/errors.jsonl")
-    assert [list(error) for error in errors] == [["id", "line", "stage", "error"]] * 4
+    assert [list(error) for error in errors] == [["id", "line", "offset", "stage", "error"]] * 4
     places = [(error["id"], error["line"], error["stage"]) for error in errors]
     assert places == [
         (None, 2, "read"),
@@ -195,10 +200,12 @@ def test_bad_rows_go_to_errors_and_the_exit_code_is_3(predict, write_rows, read_
         ("long", 4, "encode"),
         ("a", 5, "read"),
     ]
+    lines = Path("in.jsonl").read_bytes().splitlines(keepends=True)
+    assert [error["offset"] for error in errors] == [sum(map(len, lines[:n])) for n in (1, 2, 3, 4)]
     assert "128" in errors[2]["error"]
     report = json.loads(Path("out/run.json").read_text())
     assert (report["num_rows"], report["num_predictions"], report["num_errors"]) == (6, 2, 4)
-    assert not Path("out/parts").exists()
+    assert files_below(Path("out/job")) == {"plan.json"}
 
 
 def test_only_bad_rows_end_with_3_and_an_empty_file(predict, write_rows, read_rows) -> None:
@@ -234,7 +241,11 @@ def test_parquet_output_holds_the_rows_of_json_lines(predict, write_rows, read_r
     expected = read_rows("out/predictions.jsonl")
     finished = predict(*options, "--writer.format", "parquet", "--output_dir", "out2")
     assert finished.code == 0, finished.err
-    assert files_below(Path("out2")) == {"predictions.parquet", "config.yaml", "run.json"}
+    assert files_below(Path("out2")) - JOB_FILES == {
+        "predictions.parquet",
+        "config.yaml",
+        "run.json",
+    }
     assert pq.read_table("out2/predictions.parquet").to_pylist() == expected
 
 
@@ -317,7 +328,11 @@ def test_a_rerun_in_the_other_format_leaves_no_predictions_of_the_run_before(
     options = ("--data.input", "in.jsonl", "--model.task", "Score")
     predict(*options)
     predict(*options, "--writer.format", "parquet")
-    assert files_below(Path("out")) == {"predictions.parquet", "config.yaml", "run.json"}
+    assert files_below(Path("out")) - JOB_FILES == {
+        "predictions.parquet",
+        "config.yaml",
+        "run.json",
+    }
 
 
 def test_a_rerun_gives_the_same_bytes(predict, write_rows) -> None:

@@ -67,13 +67,12 @@ def test_plan_and_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit
     ]
     assert data.num_tokens_N.tolist() == [2, 4, 3]
     assert [batch.tolist() for batch in data.batches] == [[4], [2, 0]]
+    lines = (tmp_path / "p.jsonl").read_bytes().splitlines(keepends=True)
+    p, q, s = (sum(map(len, lines[:n])) for n in (0, 2, 4))
+    none = RowOptions()
     assert list(data.predict_dataloader()) == [
-        RowBatch(0, [Row(4, 5, "s", [1, 4, 4], RowOptions(max_new_tokens=7))], []),
-        RowBatch(
-            1,
-            [Row(2, 3, "q", [1, 3, 4, 5], RowOptions()), Row(0, 1, "p", [1, 3], RowOptions())],
-            [],
-        ),
+        RowBatch(0, [Row(4, 5, "s", [1, 4, 4], RowOptions(max_new_tokens=7), s)], []),
+        RowBatch(1, [Row(2, 3, "q", [1, 3, 4, 5], none, q), Row(0, 1, "p", [1, 3], none, p)], []),
     ]
 
 

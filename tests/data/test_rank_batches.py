@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from tiny_tokenizer import make_tokenizer
@@ -61,24 +62,25 @@ def test_whole_batches_stay_as_they_were_planned(planned) -> None:
     assert sorted(got[2] + got[5]) == sorted(expected[4])
 
 
-def test_errors_of_the_rest_are_shared_too(planned) -> None:
-    loader = planned(1)
-    (batch,) = loader
-    batch.errors = ["first", "second", "third"]
+@pytest.mark.parametrize("num_ranks", [1, 2, 3])
+def test_what_is_done_is_left_out_and_what_is_left_stays_together(num_ranks, planned) -> None:
+    loader = planned(5)
 
-    class One(type(loader.dataset)):
-        def __init__(self):
-            pass
+    def together():
+        shares = [
+            list(batches_of_rank(loader, rank=r, num_ranks=num_ranks)) for r in range(num_ranks)
+        ]
+        assert len({len(share) for share in shares}) == 1
+        return {b.index: {row.row for row in b.rows} for share in shares for b in share if b.rows}
 
-        def __len__(self):
-            return 1
-
-        def __getitem__(self, index):
-            return batch
-
-    loader = DataLoader(One(), batch_size=None)
-    ((left,), (right,)) = (list(batches_of_rank(loader, rank=r, num_ranks=2)) for r in (0, 1))
-    assert (left.errors, right.errors) == (["first", "third"], ["second"])
+    before = together()
+    assert sorted(row for rows in before.values() for row in rows) == list(range(10))
+    gone, half = sorted(before)[0], sorted(before)[1]
+    is_done = np.zeros(10, dtype=bool)
+    is_done[[*before[gone], min(before[half])]] = True
+    loader.dataset.is_done_N = is_done
+    wanted = {index: rows - set(np.flatnonzero(is_done)) for index, rows in before.items()}
+    assert together() == {index: rows for index, rows in wanted.items() if rows}
 
 
 FORMS = {

@@ -17,23 +17,20 @@ from moe_lightning.data.row_ids import IdIndex
 from moe_lightning.errors import UsageError
 
 
-def text_record(row: int, line: int, prompt: str) -> Record:
-    return Record(row, line, line, prompt, None, RowOptions())
+def text_record(row: int, line: int, prompt: str, offset: int) -> Record:
+    return Record(row, line, line, prompt, None, RowOptions(), offset)
 
 
 def test_text_lines(tmp_path: Path) -> None:
     path = write(tmp_path / "p.txt", b"\xef\xbb\xbffirst\r\n\n  \t\n two \xc3\xa4\nlast")
     source = open_source(path)
-    assert list(source.scan()) == [
-        text_record(0, 1, "first"),
-        text_record(1, 4, " two ä"),
-        text_record(2, 5, "last"),
+    rows = [
+        text_record(0, 1, "first", 0),
+        text_record(1, 4, " two ä", 15),
+        text_record(2, 5, "last", 23),
     ]
-    assert source.read([2, 0, 2]) == [
-        text_record(2, 5, "last"),
-        text_record(0, 1, "first"),
-        text_record(2, 5, "last"),
-    ]
+    assert list(source.scan()) == rows
+    assert source.read([2, 0, 2]) == [rows[2], rows[0], rows[2]]
     assert source.num_bytes_scanned == source.num_bytes == path.stat().st_size
 
 

@@ -139,8 +139,14 @@ def test_error_carries_the_id_where_it_is_known() -> None:
 
 
 def test_row_error_json() -> None:
-    error = RowError(row=0, line=3, id="k", stage="read", error="why")
-    assert error.to_json() == {"id": "k", "line": 3, "stage": "read", "error": "why"}
+    error = RowError(row=0, line=3, id="k", stage="read", error="why", offset=70)
+    assert error.to_json() == {
+        "id": "k",
+        "line": 3,
+        "offset": 70,
+        "stage": "read",
+        "error": "why",
+    }
 
 
 def test_lightning_leaves_a_row_batch_alone() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from report_files import REPORT
+from report_files import JOB, REPORT
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from moe_lightning import MoELightningModule, Score
@@ -30,7 +30,7 @@ def predictions(tmp_path_factory):
         assert main(["predict", "--config", "single_device.yaml"]) == 0
     output = directory / "outputs" / "single_device"
     names = {path.name for path in output.iterdir()}
-    assert names == REPORT | {"predictions.jsonl", "run.json", "config.yaml"}
+    assert names == REPORT | JOB | {"predictions.jsonl", "run.json", "config.yaml"}
     return [json.loads(line) for line in (output / "predictions.jsonl").read_text().splitlines()]
 
 

@@ -57,6 +57,7 @@ def test_only_the_poisoned_row_fails_wherever_it_stands(num_rows):
                 assert prediction == {
                     "id": f"r{n}",
                     "line": 20 + n,
+                    "offset": None,
                     "stage": "compute",
                     "error": "the model raised ZeroDivisionError: thirteen",
                 }
@@ -84,7 +85,7 @@ def test_rows_that_failed_before_come_last():
     predictions = run(Echo(), batch_of([[1]], [earlier]))
     assert list(predictions) == [
         {"id": "r0", "tokens": [1]},
-        {"id": "x", "line": 4, "stage": "encode", "error": "no tokens"},
+        {"id": "x", "line": 4, "offset": None, "stage": "encode", "error": "no tokens"},
     ]
     assert predictions.row_numbers == [10, 3]
     assert predictions.has_failed == [False, True]
