@@ -38,6 +38,7 @@ class Throughput(Callback):
             otherwise no utilisation is reported.
 
     Attributes:
+        place: What the run's files are said to be in. The default is ``output_dir``.
         num_errors: After the run, rows in ``errors.jsonl``, over all ranks.
     """
 
@@ -46,6 +47,7 @@ class Throughput(Callback):
             raise UsageError(f"peak_tflops={peak_tflops}, but it must be above 0.")
         self.output_dir = output_dir
         self.peak_tflops = peak_tflops
+        self.place: str | None = None
         self.num_errors = 0
         self._started: datetime | None = None
         self._predict_s: float | None = None
@@ -96,7 +98,7 @@ class Throughput(Callback):
             if getattr(getattr(trainer, "datamodule", None), "is_done", False):
                 # The report of the run that did it stays.
                 if trainer.is_global_zero:
-                    directory = self.output_dir or trainer.default_root_dir
+                    directory = self.place or self.output_dir or trainer.default_root_dir
                     print(_nothing_to_do(work, directory), file=sys.stderr)
                 return
         elif stage == "fit":
@@ -162,7 +164,7 @@ class Throughput(Callback):
                 "python": platform.python_version(),
                 **{name: importlib.metadata.version(name) for name in PACKAGES},
             },
-            "output_dir": str(directory),
+            "output_dir": self.place or str(directory),
         }
         directory.mkdir(parents=True, exist_ok=True)
         write_atomically(directory / "run.json", json.dumps(report, indent=2) + "\n")

@@ -20,6 +20,7 @@ from moe_lightning.cli.ranks import settle_ranks
 from moe_lightning.cli.strategy_names import offer_all_devices, spell_out_strategies
 from moe_lightning.errors import MoELightningError, UsageError
 from moe_lightning.files import write_atomically
+from moe_lightning.jobs.storages import is_url
 from moe_lightning.modeling.training_checkpoint import check_training_checkpoint, find_sharded
 from moe_lightning.module import MoELightningModule
 from moe_lightning.strategies import STRATEGIES, MoEStrategy
@@ -155,6 +156,11 @@ class MoECLI(LightningCLI):
     @override
     def before_instantiate_classes(self) -> None:
         settle_ranks(self.config.trainer)
+        if is_url(self.config.output_dir):
+            raise UsageError(
+                f"--output_dir {self.config.output_dir}: only predict writes to URLs. Choose a "
+                "directory."
+            )
         directory = Path(self.config.output_dir)
         try:
             directory.mkdir(parents=True, exist_ok=True)

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from importlib import import_module
 
 from moe_lightning import __version__
-from moe_lightning.errors import MoELightningError
+from moe_lightning.errors import MoELightningError, StoppedError
 
 VERBS = {
     "predict": "Batched inference over a file of prompts.",
@@ -59,6 +59,9 @@ def main(arguments: Sequence[str]) -> int:
     try:
         with _sigterm_interrupts():
             return _run(verb, options)
+    except StoppedError as error:
+        # All ranks stop, and one message is enough.
+        return error.exit_code if _is_other_rank() else _fail(str(error), error.exit_code)
     except MoELightningError as error:
         return _fail(str(error), error.exit_code)
     except KeyboardInterrupt:
@@ -78,6 +81,10 @@ def _run(verb: str, options: list[str]) -> int:
     run: Callable[[list[str]], int] = import_module(f"moe_lightning.cli.{verb}").run
     _quieten()  # after the imports, which set their loggers up
     return run(options)
+
+
+def _is_other_rank() -> bool:
+    return any(os.environ.get(name, "0") != "0" for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
 
 
 def _interrupted(verb: str) -> str:

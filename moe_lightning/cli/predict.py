@@ -1,6 +1,10 @@
 """``predict``: batched inference over a file of prompts, a job that the same command continues."""
 
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 from lightning.pytorch.cli import LightningArgumentParser
 from typing_extensions import override
@@ -13,12 +17,22 @@ from moe_lightning.callbacks import (
 )
 from moe_lightning.cli.base import MoECLI
 from moe_lightning.data.prompts import PromptData
+from moe_lightning.jobs import open_storage
+from moe_lightning.jobs.storages import is_url
 
 SOME_ROWS_FAILED = 3
 
 
 class PredictCLI(MoECLI):
-    """The command line of predict: what a job may be told stands beside ``--output_dir``."""
+    """The command line of predict: what a job may be told stands beside ``--output_dir``.
+
+    Args:
+        **options: As of MoECLI.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        self._directory: tempfile.TemporaryDirectory[str] | None = None
+        super().__init__(**options)
 
     @override
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -52,8 +66,27 @@ class PredictCLI(MoECLI):
 
     @override
     def before_instantiate_classes(self) -> None:
+        url = self.config.output_dir
+        if is_url(url):
+            open_storage(url)  # a wrong one is refused before anything is loaded
+            self._directory = tempfile.TemporaryDirectory(prefix="moe_lightning-")
+            self.config.output_dir = self.config.trainer.default_root_dir = self._directory.name
         super().before_instantiate_classes()
+        self.config.output_dir = url
         self.config.writer.ckpt_path = self.config.ckpt_path  # where last is the newest
+
+    @contextmanager
+    def sending_files(self) -> Iterator[None]:
+        """Copy what the run writes beside its job to a URL, if ``--output_dir`` is one."""
+        try:
+            yield
+        finally:
+            if self._directory is not None:
+                if self.trainer.is_global_zero:
+                    storage, directory = open_storage(self.options.output_dir), self._directory.name
+                    for path in sorted(p for p in Path(directory).rglob("*") if p.is_file()):
+                        storage.write(str(path.relative_to(directory)), path.read_bytes())
+                self._directory.cleanup()
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -81,11 +114,13 @@ def run(arguments: Sequence[str]) -> int:
         skip={"optimizer", "lr_scheduler", "router_balance", "trainable", "batch_budget_tokens"},
         arguments=arguments,
     )
-    cli.trainer.predict(
-        cli.model,
-        datamodule=cli.datamodule,
-        ckpt_path=cli.options.ckpt_path,
-        weights_only=True,
-        return_predictions=False,
-    )
+    throughput.place = cli.options.output_dir
+    with cli.sending_files():
+        cli.trainer.predict(
+            cli.model,
+            datamodule=cli.datamodule,
+            ckpt_path=cli.options.ckpt_path,
+            weights_only=True,
+            return_predictions=False,
+        )
     return SOME_ROWS_FAILED if throughput.num_errors else 0

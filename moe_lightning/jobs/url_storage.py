@@ -7,7 +7,6 @@ commits.
 
 import os
 import tempfile
-from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 import fsspec
@@ -95,10 +94,6 @@ class UrlStorage(Storage):
     @override
     def close(self) -> None:
         pass
-
-    def put(self, path: Path, name: str) -> None:
-        """Copy a local file there."""
-        self._files.put_file(str(path), self._path(name))
 
     def _path(self, name: str) -> str:
         return f"{self._root}/{name}"
