@@ -24,7 +24,7 @@ from moe_lightning.data.encode import Encoder
 from moe_lightning.data.rank_batches import NumberedBatch
 from moe_lightning.data.records import RowBatch
 from moe_lightning.dispatch import RoutingLog
-from moe_lightning.errors import CheckpointError, UsageError
+from moe_lightning.errors import CheckpointError, MoELightningError, UsageError
 from moe_lightning.experts.names import BackendName
 from moe_lightning.finetune.adaptation import Adaptation
 from moe_lightning.finetune.fine_tuning import RouterBalance
@@ -47,9 +47,10 @@ from moe_lightning.strategies import (
     hosting_key,
     register_strategies,
 )
+from moe_lightning.strategies.rank_failures import is_group_failure
 from moe_lightning.tally import Tally
 from moe_lightning.tasks import Generate, Task
-from moe_lightning.tasks.isolation import Predictions, run_isolated
+from moe_lightning.tasks.isolation import BadBatchError, Predictions, run_isolated
 from moe_lightning.tasks.memory import out_of_memory
 from moe_lightning.training import TrainingHooks
 
@@ -272,6 +273,7 @@ class MoELightningModule(TrainingHooks):
 
         Raises:
             OutOfMemoryError: If memory runs out, with the numbers and what to do.
+            BadBatchError: If the model raises, and other ranks take part in its forwards.
             CheckpointError: If every row of the first batch gives NaN, which is the weights' fault.
         """
         assert self.runner is not None, "configure_model has not run"
@@ -285,6 +287,12 @@ class MoELightningModule(TrainingHooks):
             )
         except (torch.OutOfMemoryError, MemoryError) as error:
             raise out_of_memory(error, rows, budget_tokens=budget) from error
+        except MoELightningError:
+            raise
+        except Exception as error:  # with other ranks in the middle of the same forward
+            if is_group_failure(error) or not rows.rows:
+                raise
+            raise BadBatchError(rows, error) from error
         if self.tally.num_batches == 0 and predictions.num_not_finite == len(rows.rows) > 0:
             raise CheckpointError(
                 f"{self.checkpoint}: the model gives NaN for every row of the first batch. Its "

@@ -8,6 +8,7 @@ teardown          ── parts ──▶ predictions and errors in the order of 
 import importlib.metadata
 import json
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,7 +25,7 @@ from moe_lightning.data.records import RowBatch
 from moe_lightning.errors import MoELightningError, StoppedError, TooManyRowsFailedError, UsageError
 from moe_lightning.jobs import Job, JobPlan, Outcome, PartWriter, Patience, open_storage
 from moe_lightning.modeling.manifest import training_checkpoint_hash
-from moe_lightning.tasks.isolation import Predictions
+from moe_lightning.tasks.isolation import BadBatchError, Predictions
 
 VERSIONS = ("torch", "transformers", "tokenizers")
 
@@ -98,11 +99,11 @@ class PredictionWriter(BasePredictionWriter):
         found = trainer.strategy.broadcast(found)
         if isinstance(found, MoELightningError):
             raise found
-        folder, epoch, is_done_N, num_failed = found
+        folder, epoch, is_done_N, num_failed, suspects = found
         self._num_done, self._num_errors = int(is_done_N.sum()), num_failed
         if is_planned:
             assert datamodule is not None, "it has a plan"
-            datamodule.leave_out(is_done_N, num_failed=num_failed)
+            datamodule.leave_out(is_done_N, num_failed=num_failed, suspects=suspects)
             self._num_errors += len(datamodule.row_errors)
         if self._job is None or not self._job.is_finished:
             storage = open_storage(self._place)
@@ -112,7 +113,7 @@ class PredictionWriter(BasePredictionWriter):
 
     def _open(
         self, trainer: Trainer, pl_module: LightningModule, datamodule: Any
-    ) -> tuple[str, int, Any, int] | MoELightningError:
+    ) -> tuple[str, int, Any, int, set[int]] | MoELightningError:
         try:
             plan = JobPlan()
             if datamodule is not None:
@@ -132,7 +133,7 @@ class PredictionWriter(BasePredictionWriter):
                 "Choose another directory."
             )
         self._job = job
-        return job.folder, job.epoch, job.is_done_N, job.num_failed
+        return job.folder, job.epoch, job.is_done_N, job.num_failed, job.suspects
 
     def _identity(
         self, trainer: Trainer, pl_module: LightningModule, datamodule: Any
@@ -266,6 +267,9 @@ class PredictionWriter(BasePredictionWriter):
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
+        if isinstance(exception, BadBatchError) and self._parts is not None:
+            with suppress(OSError):
+                self._parts.suspect({e.row: to_json(e.to_json()) for e in exception.errors})
         self._close()
 
     def _finish(self, trainer: Trainer, *, is_limited: bool) -> Outcome:

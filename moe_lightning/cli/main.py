@@ -61,7 +61,9 @@ def main(arguments: Sequence[str]) -> int:
             return _run(verb, options)
     except StoppedError as error:
         # All ranks stop, and one message is enough.
-        return error.exit_code if _is_other_rank() else _fail(str(error), error.exit_code)
+        if type(error) is StoppedError and _is_other_rank():
+            return error.exit_code
+        return _fail(str(error), error.exit_code)
     except MoELightningError as error:
         return _fail(str(error), error.exit_code)
     except KeyboardInterrupt:

@@ -5,7 +5,7 @@ plan, input file ── PlannedBatches ──┐
 list, dict, tensors ── as_row_batch ─┘
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -47,6 +47,7 @@ class PlannedBatches(Dataset[RowBatch]):
     Attributes:
         is_done_N: For each row of the input, whether it was done by an earlier run; those are left
             out. None if there was none.
+        suspects: Rows that are computed alone, since one of them ended an earlier run.
     """
 
     def __init__(
@@ -62,6 +63,7 @@ class PlannedBatches(Dataset[RowBatch]):
         self._encoder = encoder
         self._store = store
         self.is_done_N: NDArray[np.bool_] | None = None
+        self.suspects: Collection[int] = ()
         self._units: list[WorkUnit] | None = None
 
     def __len__(self) -> int:
@@ -72,7 +74,9 @@ class PlannedBatches(Dataset[RowBatch]):
 
     def units(self, num_ranks: int) -> list[WorkUnit]:
         """What so many ranks have to do, all of it, in order; see ``jobs.work_units``."""
-        return work_units(self._batches, num_ranks=num_ranks, is_done_N=self.is_done_N)
+        return work_units(
+            self._batches, num_ranks=num_ranks, is_done_N=self.is_done_N, alone=self.suspects
+        )
 
     def read(self, unit: WorkUnit) -> RowBatch:
         """Return the rows of a unit."""

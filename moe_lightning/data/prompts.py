@@ -9,7 +9,7 @@ Memory: some 40 bytes a row for inputs of any size; small inputs are kept as tok
 import hashlib
 import sys
 from array import array
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -194,14 +194,18 @@ class PromptData(LightningDataModule):
             "limit_rows": self.limit_rows,
         }
 
-    def leave_out(self, is_done_N: NDArray[np.bool_], *, num_failed: int) -> None:
+    def leave_out(
+        self, is_done_N: NDArray[np.bool_], *, num_failed: int = 0, suspects: Collection[int] = ()
+    ) -> None:
         """Leave out rows that an earlier run of the job has computed; after `setup`.
 
         Args:
             is_done_N: For each of the input's N rows, whether it is done.
             num_failed: How many of these failed.
+            suspects: Rows that are computed alone, since one of them ended an earlier run.
         """
         assert self._dataset is not None, "setup('predict') comes first"
+        self._dataset.suspects = suspects
         self._dataset.is_done_N = is_done_N
         self.num_done, self.num_failed = int(is_done_N.sum()), num_failed
 

@@ -28,7 +28,13 @@ from numpy.typing import NDArray
 
 from moe_lightning.errors import StoppedError, UsageError
 from moe_lightning.jobs.ledger import PartEntry, decode, seals_of
-from moe_lightning.jobs.part_writer import PartWriter, epoch_name, newest_epoch
+from moe_lightning.jobs.part_writer import (
+    SUSPECTS,
+    PartWriter,
+    epoch_name,
+    newest_epoch,
+    read_suspects,
+)
 from moe_lightning.jobs.parts import Parts
 from moe_lightning.jobs.plan import JobPlan, differences
 from moe_lightning.jobs.results import Format, write_errors, write_predictions
@@ -68,6 +74,7 @@ class Job:
         is_done_N: For each row of the input, whether nothing is to do for it any more.
         num_done: Rows computed before, answered or not.
         num_failed: How many of these failed.
+        suspects: Rows to compute alone, since one of them ended an earlier run.
         num_damaged: Parts that were not what the ledger says; their rows are computed again.
     """
 
@@ -80,6 +87,7 @@ class Job:
         self.outcome: Outcome | None = None
         self.is_done_N: NDArray[np.bool_] = np.zeros(plan.num_rows or 0, dtype=bool)
         self.num_done = self.num_failed = self.num_damaged = 0
+        self.suspects: set[int] = set()
 
     @classmethod
     def open(
@@ -166,6 +174,10 @@ class Job:
                 return
             self.storage.remove(SUCCESS)
         self._claim_epoch()
+        self.suspects, guilty = read_suspects(self.storage, self.folder)
+        if guilty and not retry_errors:
+            errors = [(row, False, text) for row, text in sorted(guilty.items())]
+            self.writer().commit("guilty", errors)
         parts, entries = Parts(self.storage), self._accepted()
         for entry in entries:
             parts.add(entry)
@@ -312,9 +324,11 @@ class Job:
 
 
 def _has_begun(storage: Storage, id: str) -> bool:
-    """Whether anything was committed to a job, ever."""
+    """Whether anything was committed to a job, or learnt of its rows, ever."""
     success = json.loads(storage.read(SUCCESS) or b"{}")
-    return success.get("job") == id or any(storage.logs(f"job/{id}/ledger").values())
+    return success.get("job") == id or any(
+        any(storage.logs(f"job/{id}/{kind}").values()) for kind in ("ledger", SUSPECTS)
+    )
 
 
 def _differences(stored: dict[str, Any], facts: dict[str, Any]) -> list[str]:

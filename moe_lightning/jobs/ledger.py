@@ -41,8 +41,7 @@ def encode(entry: PartEntry) -> bytes:
     Returns:
         The line, with its checksum and line end.
     """
-    text = json.dumps(asdict(entry)).encode()
-    return b"%s\t%08x\n" % (text, zlib.crc32(text))
+    return checked_line(asdict(entry))
 
 
 def decode(log: bytes) -> list[PartEntry]:
@@ -54,12 +53,23 @@ def decode(log: bytes) -> list[PartEntry]:
     Returns:
         Its good lines.
     """
-    entries = []
+    return [PartEntry(**fields) for fields in good_lines(log)]
+
+
+def checked_line(fields: Mapping[str, Any]) -> bytes:
+    """Make a line of any fields, with a checksum and the line end."""
+    text = json.dumps(fields).encode()
+    return b"%s\t%08x\n" % (text, zlib.crc32(text))
+
+
+def good_lines(log: bytes) -> list[dict[str, Any]]:
+    """Read the lines that are as `checked_line` made them."""
+    found = []
     for line in log.split(b"\n")[:-1]:
         text, tab, checksum = line.rpartition(b"\t")
         if tab and checksum == b"%08x" % zlib.crc32(text):
-            entries.append(PartEntry(**json.loads(text)))
-    return entries
+            found.append(json.loads(text))
+    return found
 
 
 def seals_of(claims: Mapping[int, bytes]) -> dict[str, int]:

@@ -1,11 +1,13 @@
 """PartWriter: commits what one rank has computed, a part at a time."""
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from moe_lightning.errors import StoppedError
-from moe_lightning.jobs.ledger import PartEntry, encode
+from moe_lightning.jobs.ledger import PartEntry, checked_line, encode, good_lines
 from moe_lightning.jobs.storage import Storage
+
+SUSPECTS = "suspects"
 
 
 class PartWriter:
@@ -57,6 +59,19 @@ class PartWriter:
         self._storage.append(self._log, encode(entry))
         return entry
 
+    def suspect(self, errors: Mapping[int, str]) -> None:
+        """Note rows that ended the run: the next one computes each of them alone, and one that was
+        alone already is a failed row from then on.
+
+        Args:
+            errors: The rows, and what ``errors.jsonl`` would say of each.
+
+        Raises:
+            OSError: If it could not be written.
+        """
+        line = checked_line({"errors": {str(row): text for row, text in errors.items()}})
+        self._storage.append(self._log.replace("/ledger/", f"/{SUSPECTS}/"), line)
+
     def has_begun(self) -> bool:
         """Whether this process sees that its run has begun."""
         return self._storage.exists(epoch_name(self._folder, self._epoch))
@@ -78,3 +93,25 @@ def newest_epoch(storage: Storage, folder: str) -> int:
     """The number of the last epoch that has begun; 0 before the first."""
     names = storage.names(f"{folder}/epochs")
     return int(names[-1].rpartition("/")[2].split(".")[0]) if names else 0
+
+
+def read_suspects(storage: Storage, folder: str) -> tuple[set[int], dict[int, str]]:
+    """Which rows ended earlier runs.
+
+    Args:
+        storage: Where the job is.
+        folder: The job's folder there.
+
+    Returns:
+        Rows that were together with others then, and rows that were alone, with their errors.
+    """
+    together: set[int] = set()
+    alone: dict[int, str] = {}
+    for log in storage.logs(f"{folder}/{SUSPECTS}").values():
+        for line in good_lines(log):
+            errors = {int(row): text for row, text in line["errors"].items()}
+            if len(errors) == 1:
+                alone |= errors
+            else:
+                together |= errors.keys()
+    return together, alone

@@ -6,7 +6,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -59,6 +59,7 @@ def work_units(
     *,
     num_ranks: int = 1,
     is_done_N: NDArray[np.bool_] | None = None,
+    alone: Collection[int] = (),
 ) -> list[WorkUnit]:
     """What is left of a plan for so many ranks that work side by side.
 
@@ -70,6 +71,7 @@ def work_units(
         batches: Row numbers of each batch.
         num_ranks: Ranks with rows of their own.
         is_done_N: For each of the input's N rows, whether it is done. None: none is.
+        alone: Rows that each get a unit of their own, at the end.
 
     Returns:
         The units that have rows to do, in order.
@@ -79,6 +81,11 @@ def work_units(
     if num_whole < len(batches):
         rest = np.concatenate(batches[num_whole:])
         units += [WorkUnit(len(batches) + r, rest[r::num_ranks]) for r in range(num_ranks)]
+    if alone:
+        own = np.array(sorted(alone), dtype=np.int64)
+        units = [WorkUnit(number, rows[~np.isin(rows, own)]) for number, rows in units]
+        first = len(batches) + num_ranks
+        units += [WorkUnit(first + n, own[n : n + 1]) for n in range(len(own))]
     if is_done_N is not None:
         units = [WorkUnit(number, rows[~is_done_N[rows]]) for number, rows in units]
     return [unit for unit in units if len(unit.rows)]

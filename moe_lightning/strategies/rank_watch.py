@@ -119,7 +119,7 @@ class RankWatch:
         """
         if self._own is not None:
             return None
-        if isinstance(error, StoppedError):  # as all ranks have agreed
+        if type(error) is StoppedError:  # as all ranks have agreed
             self._leave(Farewell("interrupted"))
             return None
         if not (is_group_failure(error) or is_interrupt(error)):

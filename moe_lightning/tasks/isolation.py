@@ -7,9 +7,30 @@ from typing import Any
 import torch
 
 from moe_lightning.data.records import Row, RowBatch, RowError
-from moe_lightning.errors import MoELightningError
+from moe_lightning.errors import MoELightningError, StoppedError
 from moe_lightning.modeling.runner import ModelRunner
 from moe_lightning.tasks.task import NOT_FINITE, Progress, Task
+
+
+class BadBatchError(StoppedError):
+    """The model raised for a batch that other ranks compute with this one, so all of them end.
+
+    Args:
+        batch: The batch, one or more rows of which are to blame.
+        error: What the model raised.
+    """
+
+    def __init__(self, batch: RowBatch, error: Exception) -> None:
+        self.errors = [_row_error(row, error) for row in batch.rows]
+        if len(batch.rows) == 1:
+            what, then = f"row {batch.rows[0].id!r}", "leaves that row out, in errors.jsonl"
+        else:
+            what = f"batch {batch.index} of {len(batch.rows)} rows"
+            then = "computes these rows one at a time, to find the one to blame"
+        super().__init__(
+            f"the model raised {type(error).__name__}: {error} ({what}). The same command "
+            f"continues, and {then}."
+        )
 
 
 class Predictions:
@@ -96,9 +117,13 @@ def run_isolated(
                 return run(rows[:half]) + run(rows[half:])
             (row,) = rows
             progress(1, 0, 0, 0)
-            message = f"the model raised {type(error).__name__}: {error}"
-            return [RowError(row.row, row.line, row.id, "compute", message, row.offset)]
+            return [_row_error(row, error)]
 
     answers = [(row.row, answer) for row, answer in zip(batch.rows, run(batch.rows), strict=True)]
     progress(len(batch.errors), 0, 0, 0)
     return Predictions(answers + [(error.row, error) for error in batch.errors])
+
+
+def _row_error(row: Row, error: Exception) -> RowError:
+    message = f"the model raised {type(error).__name__}: {error}"
+    return RowError(row.row, row.line, row.id, "compute", message, row.offset)
