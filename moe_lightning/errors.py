@@ -23,7 +23,7 @@ class CheckpointError(MoELightningError):
 
 
 class WorkersLostError(MoELightningError):
-    """Workers or ranks are gone and nobody can do their work; the same command starts again."""
+    """Workers or ranks are gone and nobody can do their work; the same command continues."""
 
     exit_code = 6
 

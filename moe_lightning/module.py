@@ -293,6 +293,8 @@ class MoELightningModule(TrainingHooks):
             if is_group_failure(error) or not rows.rows:
                 raise
             raise BadBatchError(rows, error) from error
+        # Callbacks may have the ranks meet after each batch; one with fewer forwards comes along.
+        self.runner.idle()
         if self.tally.num_batches == 0 and predictions.num_not_finite == len(rows.rows) > 0:
             raise CheckpointError(
                 f"{self.checkpoint}: the model gives NaN for every row of the first batch. Its "

@@ -95,7 +95,6 @@ def _serve(pipe, path):
     sys.path[:] = path
     import torch
     import torch.distributed as dist
-    from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
     torch.set_num_threads(1)
     while True:
@@ -124,23 +123,39 @@ def _serve(pipe, path):
             value = (False, traceback.format_exc())
         try:
             if dist.is_initialized():
-                # It has meshes whose groups end now, and would give them to later ones that are
-                # equal to them (torch 2.13 compares shapes and names, not groups).
-                _clear_sharding_prop_cache()
                 dist.destroy_process_group()
-                _forget_meshes()
+            _forget_meshes()
         except BaseException:
             value = (False, traceback.format_exc())
         pipe.send(value)
 
 
+_caches = []
+
+
 def _forget_meshes():
-    """Meshes hold groups, and each of gloo's groups two threads that poll, for good: so do torch's
-    caches of what was asked about DTensors."""
-    for each in gc.get_objects():
-        if isinstance(each, _lru_cache_wrapper) and str(each.__module__).startswith("torch.dist"):
-            each.cache_clear()
-    gc.collect()
+    """Drop what torch's caches keep of the meshes of a group that ended.
+
+    They would give them to later meshes that are equal to them (torch 2.13 compares shapes and
+    names, not groups). And meshes hold groups, each of which polls with three threads of gloo's
+    until nothing refers to it: ``destroy_process_group`` does not end them.
+    """
+    from torch.distributed.tensor._redistribute import clear_redistribute_planner_cache
+    from torch.distributed.tensor.debug import _clear_sharding_prop_cache
+
+    _clear_sharding_prop_cache()
+    clear_redistribute_planner_cache()
+    _caches.extend(
+        each
+        for each in gc.get_objects()
+        if type(each) is _lru_cache_wrapper and str(each.__module__).startswith("torch.dist")
+    )
+    for cache in _caches:
+        cache.cache_clear()
+    for _ in range(3):  # the first one does not find all
+        gc.collect()
+    # What is left is of modules: half a million objects that later calls need not look through.
+    gc.freeze()
 
 
 def rank_directory():

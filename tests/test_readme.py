@@ -125,6 +125,26 @@ def test_the_page_about_seeing_runs_in_its_order(tmp_path, monkeypatch, capsys):
     assert max(after.values()) < 1.05 < max(before.values())
 
 
+def test_the_page_about_jobs_runs_in_its_order(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    Path("prompts.jsonl").write_text('{"id": 1, "prompt": "To be"}\n{"id": 2, "prompt": "or"}\n')
+    text = (ROOT / "docs" / "jobs.md").read_text()
+    (console,) = re.findall(r"```console\n(.*?)```", text, re.DOTALL)
+    said = []
+    for line in console.splitlines():
+        assert main(shlex.split(line[2:].split("#")[0])[3:]) == 0, line
+        said.append(capfd.readouterr().err)
+        assert len(Path("run/predictions.jsonl").read_text().splitlines()) == 2
+    assert ["nothing to do" in each for each in said] == [False, True, True, True, False]
+    (shown,) = re.findall(r"```\n(error: .*?)```", text, re.DOTALL)
+    changed = [*shlex.split(line[2:].split("#")[0])[3:-1], "--data.max_batch_tokens", "8192"]
+    assert main(changed) == 2
+    assert capfd.readouterr().err == shown
+    (script,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    exec(compile(script, "jobs.md", "exec"), {"__name__": "page"})
+    assert "num_predictions=60" in capfd.readouterr().out
+
+
 @contextmanager
 def worker_process(checkpoint):
     """The README's worker, at a free port of this machine."""

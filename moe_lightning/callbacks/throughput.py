@@ -290,5 +290,5 @@ def _before(report: dict[str, Any]) -> str:
 def _nothing_to_do(work: dict[str, Any], directory: str) -> str:
     return (
         f"nothing to do: earlier runs have answered {work['num_predictions']:,} of "
-        f"{work['num_rows']:,} rows\npredictions: {directory}"
+        f"{work['num_rows']:,} rows (--restart computes them again)\npredictions: {directory}"
     )

@@ -156,7 +156,7 @@ def find_cause(
     if rank in victims:
         return WorkersLostError(
             f"the other ranks gave {places[rank]}, this one, up during {what_failed}: it had not "
-            "answered. Was it stopped, or its machine asleep? The same command starts again."
+            "answered. Was it stopped, or its machine asleep? The same command continues."
         )
     if victims:
         return lost(victims, places, what_failed=what_failed)
@@ -190,5 +190,5 @@ def lost(
     do = "does" if len(victims) == 1 else "do"
     return WorkersLostError(
         f"{who} {do} not answer (during {what_failed}): {it} or network is gone. The same command "
-        "starts again."
+        "continues."
     )

@@ -106,7 +106,7 @@ class RankLauncher(_SubprocessScriptLauncher):
         if is_group_failure(error):
             return WorkersLostError(
                 f"the ranks did not meet for {what_failed}: {shorten(str(error))}. Look at what "
-                "the other ranks say; the same command starts again."
+                "the other ranks say; the same command continues."
             )
         return None
 
@@ -129,7 +129,7 @@ class RankLauncher(_SubprocessScriptLauncher):
                     print(
                         f"error: local rank {rank} (process {process.pid}) ended with exit code "
                         f"{process.returncode}, and this one waits for it. The same command "
-                        "starts again.",
+                        "continues.",
                         file=sys.stderr,
                         flush=True,
                     )

@@ -133,7 +133,7 @@ class RankWatch:
         if cause is None:
             cause = WorkersLostError(
                 f"the ranks lost each other during {what_failed}, but all answer now. One or the "
-                f"network was stuck: {shorten(str(error))}. The same command starts again."
+                f"network was stuck: {shorten(str(error))}. The same command continues."
             )
         self._cause = cause
         self._leave(Farewell("lost", victims=self._victims(silent)))

@@ -133,7 +133,7 @@ class RPCLauncher(_Launcher):
         if code and not world.is_over():
             raise WorkersLostError(
                 f"rank {world.rank}: the master, rank 0, has been silent for "
-                f"{self._strategy.timeout_s:.0f} s. The same command starts again."
+                f"{self._strategy.timeout_s:.0f} s. The same command continues."
             )
 
     def _options(self, world: World, checkpoint: str) -> WorkerOptions:

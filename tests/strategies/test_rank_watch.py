@@ -98,7 +98,7 @@ def test_the_others_end_with_6_and_name_the_rank_that_was_killed_or_stopped(star
     for code, output in ranks.end([r for r in range(3) if r != victim]):
         assert code == 6, output
         assert named(output) == [victim], output
-        assert "The same command starts again" in output
+        assert "The same command continues" in output
         assert "terminate called" not in output
 
 

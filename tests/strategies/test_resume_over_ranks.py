@@ -5,6 +5,7 @@ import pytest
 import torch
 from fit_runs import ROWS_PER_STEP, Rows, Seen
 from ranks import run_on_ranks
+from sampling import sampled
 from torch.utils.data import DataLoader
 
 from moe_lightning import MoELightningModule
@@ -67,7 +68,7 @@ def fit_on_ranks(checkpoint, options, settings):
     return fit(checkpoint, options, **settings)
 
 
-@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("lora", sampled([False, True], False))
 def test_fit_goes_on_over_other_ranks(family_checkpoint, tmp_path, lora):
     checkpoint = str(family_checkpoint("qwen3_moe"))
     want, lr = fit(checkpoint, None, lora=lora, output_dir=tmp_path / "one")
