@@ -23,6 +23,7 @@ from moe_lightning.collectives import RankGroup
 from moe_lightning.data.rank_batches import NumberedBatch
 from moe_lightning.data.records import RowBatch
 from moe_lightning.errors import MoELightningError, StoppedError, TooManyRowsFailedError, UsageError
+from moe_lightning.files import is_disk_full
 from moe_lightning.jobs import Job, JobPlan, Outcome, PartWriter, Patience, open_storage
 from moe_lightning.modeling.manifest import training_checkpoint_hash
 from moe_lightning.tasks.isolation import BadBatchError, Predictions
@@ -105,7 +106,7 @@ class PredictionWriter(BasePredictionWriter):
             assert datamodule is not None, "it has a plan"
             datamodule.leave_out(is_done_N, num_failed=num_failed, suspects=suspects)
             self._num_errors += len(datamodule.row_errors)
-        if self._job is None or not self._job.is_finished:
+        if epoch:  # a finished job begins none, and all ranks know that
             storage = open_storage(self._place)
             self._parts = PartWriter(storage, folder, epoch=epoch, rank=trainer.global_rank)
             self._check_shared(trainer)
@@ -128,6 +129,11 @@ class PredictionWriter(BasePredictionWriter):
         except MoELightningError as error:
             return error
         except OSError as error:
+            if is_disk_full(error):
+                return StoppedError(
+                    f"{self._place}: the disk is full. What was committed before is safe; make "
+                    "room, and the same command continues."
+                )
             return UsageError(
                 f"--output_dir {self._place}: cannot write there ({error.strerror or error}). "
                 "Choose another directory."

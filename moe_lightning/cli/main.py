@@ -16,6 +16,7 @@ from importlib import import_module
 
 from moe_lightning import __version__
 from moe_lightning.errors import MoELightningError, StoppedError
+from moe_lightning.files import is_disk_full
 
 VERBS = {
     "predict": "Batched inference over a file of prompts.",
@@ -68,6 +69,10 @@ def main(arguments: Sequence[str]) -> int:
         return _fail(str(error), error.exit_code)
     except KeyboardInterrupt:
         return _fail(_interrupted(verb), INTERRUPTED)
+    except OSError as error:
+        if not is_disk_full(error):
+            raise
+        return _fail(_disk_full(verb, error), INTERRUPTED)
     except SystemExit as stop:
         # jsonargparse ends --help with 0; Lightning ends an interrupted run with 1.
         if stop.code == 1:
@@ -90,7 +95,16 @@ def _is_other_rank() -> bool:
 
 
 def _interrupted(verb: str) -> str:
-    return f"interrupted; the same command {'continues' if verb == 'predict' else 'starts again'}."
+    return f"interrupted; the same command {_goes_on(verb)}."
+
+
+def _disk_full(verb: str, error: OSError) -> str:
+    where = f"{error.filename}: " if error.filename else ""
+    return f"{where}the disk is full. Make room, and the same command {_goes_on(verb)}."
+
+
+def _goes_on(verb: str) -> str:
+    return "continues" if verb == "predict" else "starts again"
 
 
 def _fail(message: str, code: int) -> int:

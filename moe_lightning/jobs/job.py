@@ -27,18 +27,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moe_lightning.errors import StoppedError, UsageError
-from moe_lightning.jobs.ledger import PartEntry, decode, seals_of
+from moe_lightning.jobs.ledger import PartEntry, decode, sealed_bytes
 from moe_lightning.jobs.part_writer import (
     SUSPECTS,
     PartWriter,
     epoch_name,
+    epoch_of,
     newest_epoch,
     read_suspects,
 )
 from moe_lightning.jobs.parts import Parts
 from moe_lightning.jobs.plan import JobPlan, differences
 from moe_lightning.jobs.results import Format, write_errors, write_predictions
-from moe_lightning.jobs.storage import LOCK, Storage
+from moe_lightning.jobs.storage import LOCK, TEMPORARY, Storage
 
 PLAN, SUCCESS, ERRORS = "job/plan.json", "_SUCCESS", "errors.jsonl"
 _LAYOUT = 1  # raise it when what the files hold changes
@@ -88,6 +89,7 @@ class Job:
         self.is_done_N: NDArray[np.bool_] = np.zeros(plan.num_rows or 0, dtype=bool)
         self.num_done = self.num_failed = self.num_damaged = 0
         self.suspects: set[int] = set()
+        self._damaged: set[str] = set()
 
     @classmethod
     def open(
@@ -128,6 +130,7 @@ class Job:
         cls, storage: Storage, plan: JobPlan, *, restart: bool, make_id: Callable[[], str]
     ) -> "Job":
         stored = json.loads(storage.read(PLAN) or b"null")
+        _tidy(storage, None if stored is None else stored["id"])  # a full disk needs the space now
         facts = {
             "layout": _LAYOUT,
             "identity": plan.identity,
@@ -156,9 +159,7 @@ class Job:
             if stored is not None and plan.num_rows is not None:
                 for name in ("predictions.jsonl", "predictions.parquet", ERRORS):
                     storage.remove(name)
-        for name in storage.names("job"):
-            if name not in (PLAN, LOCK, f"job/{id}"):
-                storage.remove_folder(name)  # of jobs that were forgotten, and temporary files
+        _tidy(storage, id)
         return cls(storage, plan, id)
 
     def _recover(self, *, retry_errors: bool) -> None:
@@ -179,14 +180,13 @@ class Job:
             errors = [(row, False, text) for row, text in sorted(guilty.items())]
             self.writer().commit("guilty", errors)
         parts, entries = Parts(self.storage), self._accepted()
-        for entry in entries:
-            parts.add(entry)
+        self._damaged = {entry.part for entry in entries if not parts.add(entry)}
         known = {entry.part for entry in entries}
         for name in self.storage.names(f"{self.folder}/parts"):
             if name not in known:
                 self.storage.remove(name)  # of a run that ended between part and ledger
         rows_failed = parts.rows_failed
-        self.num_damaged = parts.num_damaged
+        self.num_damaged = len(self._damaged)
         if self.plan.num_rows is not None:
             self.is_done_N[parts.rows_ok] = True
             if not retry_errors:
@@ -199,9 +199,8 @@ class Job:
         while True:
             epoch = newest_epoch(self.storage, self.folder) + 1
             logs = self.storage.logs(f"{self.folder}/ledger")
-            seals = {log: len(content) for log, content in logs.items()} | self._seals()
             claim = {
-                "seals": seals,
+                "seals": {log: len(content) for log, content in logs.items()},
                 "host": socket.gethostname(),
                 "process": os.getpid(),
                 "begun": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -211,19 +210,17 @@ class Job:
                 self.epoch = epoch
                 return
 
-    def _seals(self) -> dict[str, int]:
-        claims = {}
-        for name in self.storage.names(f"{self.folder}/epochs"):
-            epoch = int(name.rpartition("/")[2].split(".")[0])
-            claims[epoch] = self.storage.read(name) or b""
-        return seals_of(claims)
+    def _claims(self) -> dict[int, bytes]:
+        names = self.storage.names(f"{self.folder}/epochs")
+        return {epoch_of(name): self.storage.read(name) or b"" for name in names}
 
     def _accepted(self) -> list[PartEntry]:
         """The ledger: what counts of all logs."""
-        seals, entries = self._seals(), {}
+        claims, entries = self._claims(), {}
         for log, content in sorted(self.storage.logs(f"{self.folder}/ledger").items()):
-            for entry in decode(content[: seals.get(log)]):
-                entries[entry.part] = entry
+            for entry in decode(content[: sealed_bytes(log, epoch_of(log), claims)]):
+                if entry.part not in self._damaged:
+                    entries[entry.part] = entry
         return list(entries.values())
 
     @property
@@ -308,6 +305,7 @@ class Job:
         }
         self.storage.write(SUCCESS, json.dumps(success, indent=2).encode() + b"\n")
         self.outcome = outcome
+        self.storage.remove_folder(TEMPORARY)
         # Failed rows can be computed again (--retry_errors), which needs the others' answers.
         if not num_retryable:
             self.storage.remove_folder(self.folder)
@@ -321,6 +319,13 @@ class Job:
                     self.storage.remove(PLAN)
                     self.storage.remove_folder("job")
         self.storage.close()
+
+
+def _tidy(storage: Storage, id: str | None) -> None:
+    """Remove what is not of this job: what was forgotten or never begun, and temporary files."""
+    for name in storage.names("job"):
+        if name not in (PLAN, LOCK, f"job/{id}"):
+            storage.remove_folder(name)
 
 
 def _has_begun(storage: Storage, id: str) -> bool:

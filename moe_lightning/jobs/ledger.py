@@ -3,7 +3,7 @@
     {"part": "job/3f2a/parts/000002-00000017.part", "bytes": 512, "sha256": "...", ...}\t5d1f09aa
 
 Every writer of every epoch has a log of its own. A new epoch seals those of older ones: it writes
-down how long they are, and what a run that should be dead adds after that does not count.
+down how long they are. What a run that should be dead adds after that does not count.
 """
 
 import json
@@ -72,26 +72,27 @@ def good_lines(log: bytes) -> list[dict[str, Any]]:
     return found
 
 
-def seals_of(claims: Mapping[int, bytes]) -> dict[str, int]:
-    """Where logs end, by what the epochs said that came after them.
+def sealed_bytes(log: str, epoch: int, claims: Mapping[int, bytes]) -> int | None:
+    """How much of a log counts.
 
     Args:
+        log: Its name.
+        epoch: The epoch that it is of.
         claims: What each epoch wrote when it began; may be cut short, by a crash.
 
     Returns:
-        Bytes of each sealed log that count.
+        Its length when the next epoch began: 0 if it was not there yet, None if there is no later
+        epoch.
     """
-    seals: dict[str, int] = {}
-    for _, claim in sorted(claims.items()):
-        for log, num_bytes in claim_fields(claim).get("seals", {}).items():
-            seals.setdefault(log, num_bytes)  # the first seal holds
-    return seals
+    for later, claim in sorted(claims.items()):
+        if later > epoch and (seals := _seals(claim)) is not None:
+            return seals.get(log, 0)
+    return None
 
 
-def claim_fields(claim: bytes) -> dict[str, Any]:
-    """Read what an epoch wrote when it began; nothing if that was cut short."""
+def _seals(claim: bytes) -> dict[str, int] | None:
     try:
-        fields: dict[str, Any] = json.loads(claim)
-    except ValueError:
-        return {}
-    return fields
+        seals: dict[str, int] = json.loads(claim)["seals"]
+    except ValueError:  # its run crashed before it began
+        return None
+    return seals

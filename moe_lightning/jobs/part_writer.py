@@ -77,8 +77,9 @@ class PartWriter:
         return self._storage.exists(epoch_name(self._folder, self._epoch))
 
     def check_epoch(self) -> None:
-        """Raise StoppedError if a later run of the job has begun."""
-        if self._storage.exists(epoch_name(self._folder, self._epoch + 1)):
+        """Raise StoppedError if a later run of the job has begun, or of another one there."""
+        is_newest = not self._storage.exists(epoch_name(self._folder, self._epoch + 1))
+        if not (is_newest and self.has_begun()):
             raise StoppedError(
                 "another run of this job has begun since and goes on with it; this one stops."
             )
@@ -89,10 +90,15 @@ def epoch_name(folder: str, epoch: int) -> str:
     return f"{folder}/epochs/{epoch:06d}.json"
 
 
+def epoch_of(name: str) -> int:
+    """The epoch that a file of a job belongs to, by its name."""
+    return int(name.rpartition("/")[2][:6])
+
+
 def newest_epoch(storage: Storage, folder: str) -> int:
     """The number of the last epoch that has begun; 0 before the first."""
     names = storage.names(f"{folder}/epochs")
-    return int(names[-1].rpartition("/")[2].split(".")[0]) if names else 0
+    return epoch_of(names[-1]) if names else 0
 
 
 def read_suspects(storage: Storage, folder: str) -> tuple[set[int], dict[int, str]]:

@@ -1,16 +1,14 @@
 """Patience: a full disk is waited for."""
 
-import errno
 import sys
 import time
 from collections.abc import Callable
 from typing import TypeVar
 
 from moe_lightning.errors import StoppedError
+from moe_lightning.files import is_disk_full
 
 T = TypeVar("T")
-
-_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class Patience:
@@ -59,7 +57,7 @@ class Patience:
             try:
                 result = act()
             except OSError as error:
-                if error.errno not in _FULL:
+                if not is_disk_full(error):
                     raise StoppedError(
                         f"{where}: writing failed ({error.strerror or error}). What was committed "
                         "before is safe; the same command continues."

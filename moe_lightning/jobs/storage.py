@@ -130,6 +130,8 @@ class LocalStorage(Storage):
         self._do = operations or FileOperations()
         self._lock: int | None = None
         self._made: set[Path] = set()
+        self._torn: set[str] = set()  # logs that may end in the middle of a line
+        self._named: set[str] = set()  # logs whose names would survive a power cut
 
     @override
     def writer(self, name: str) -> AbstractWriter:
@@ -157,16 +159,20 @@ class LocalStorage(Storage):
         fd = self._do.open_end(path)
         with self._closing(fd):
             num_bytes = self._do.size(fd)
+            # Half a line, which could not be taken back, would spoil the one after it.
+            line = b"\n" + line if name in self._torn else line
+            self._torn.add(name)
             try:
                 write_all(self._do, fd, line)
                 self._do.sync(fd)
             except OSError:
-                # Half a line would spoil the one after it.
-                with suppress(OSError):
-                    self._do.truncate(fd, num_bytes)
+                self._do.truncate(fd, num_bytes)
+                self._torn.discard(name)
                 raise
-        if num_bytes == 0:
+            self._torn.discard(name)
+        if name not in self._named:
             self._do.sync_directory(path.parent)
+            self._named.add(name)
 
     @override
     def logs(self, folder: str) -> dict[str, bytes]:
@@ -223,7 +229,8 @@ class LocalStorage(Storage):
             with suppress(OSError):
                 self._do.remove(path)
                 self._do.remove_directory(path.parent)  # if there is no job in it
-            self._do.close(self._lock)
+            with suppress(OSError):
+                self._do.close(self._lock)
             self._lock = None
 
     @contextmanager
@@ -241,6 +248,10 @@ class LocalStorage(Storage):
         path = self.root / name
         if path.parent not in self._made:
             self._do.make_directory(path.parent)
+            for directory in path.parents:
+                if directory == self.root:
+                    break
+                self._do.sync_directory(directory.parent)
             self._made.add(path.parent)
         return path
 

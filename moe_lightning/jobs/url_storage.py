@@ -41,6 +41,7 @@ class UrlStorage(Storage):
     @override
     def claim(self, name: str, data: bytes) -> bool:
         path = self._path(name)
+        self._make_folder(path)
         try:
             self._files.pipe_file(path, data, mode="create")
         except FileExistsError:
@@ -50,7 +51,9 @@ class UrlStorage(Storage):
     @override
     def append(self, name: str, line: bytes) -> None:
         number = self._num_lines.get(name, 0)
-        self._files.pipe_file(self._path(f"{name}/{number:08d}"), line)
+        path = self._path(f"{name}/{number:08d}")
+        self._make_folder(path)
+        self._files.pipe_file(path, line)
         self._num_lines[name] = number + 1
 
     @override
@@ -94,6 +97,10 @@ class UrlStorage(Storage):
     @override
     def close(self) -> None:
         pass
+
+    def _make_folder(self, path: str) -> None:
+        """Object stores have no folders, but other file systems do."""
+        self._files.makedirs(path.rpartition("/")[0], exist_ok=True)
 
     def _path(self, name: str) -> str:
         return f"{self._root}/{name}"
