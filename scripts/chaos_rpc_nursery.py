@@ -12,6 +12,7 @@ import gc
 import json
 import os
 import queue
+import runpy
 import select
 import signal
 import subprocess
@@ -196,9 +197,8 @@ def become(request: dict[str, Any]) -> None:
     os.dup2(log, 2)
     os.environ.update(request["environ"])
     sys.argv = ["moe_lightning", *request["arguments"]]
-    from moe_lightning.__main__ import run
-
-    run()
+    # As python -m does it: ranks that this process starts run what is __main__ here.
+    runpy.run_module("moe_lightning", run_name="__main__", alter_sys=True)
 
 
 def say(what: dict[str, Any]) -> None:
