@@ -19,7 +19,7 @@ def atomic_writer(path: Path) -> Iterator[IO[bytes]]:
     Yields:
         The temporary file, open for bytes.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # see remove_temporaries
     try:
         with open(temporary, "wb") as file:
             yield file
@@ -31,6 +31,17 @@ def atomic_writer(path: Path) -> Iterator[IO[bytes]]:
         if isinstance(error, OSError) and error.errno is not None and error.filename is None:
             error.filename = str(path)  # a write that fails does not say where
         raise
+
+
+def remove_temporaries(directory: Path) -> None:
+    """Remove what processes that were killed left half written.
+
+    Args:
+        directory: Where nobody else is writing.
+    """
+    for path in directory.glob(".*.tmp"):
+        if path.name.split(".")[-2].isdecimal():
+            path.unlink(missing_ok=True)
 
 
 def is_disk_full(error: OSError) -> bool:

@@ -23,8 +23,9 @@ from moe_lightning.collectives import RankGroup
 from moe_lightning.data.rank_batches import NumberedBatch
 from moe_lightning.data.records import RowBatch
 from moe_lightning.errors import MoELightningError, StoppedError, TooManyRowsFailedError, UsageError
-from moe_lightning.files import is_disk_full
+from moe_lightning.files import is_disk_full, remove_temporaries
 from moe_lightning.jobs import Job, JobPlan, Outcome, PartWriter, Patience, open_storage
+from moe_lightning.jobs.storages import is_url
 from moe_lightning.modeling.manifest import training_checkpoint_hash
 from moe_lightning.tasks.isolation import BadBatchError, Predictions
 
@@ -139,6 +140,8 @@ class PredictionWriter(BasePredictionWriter):
                 "Choose another directory."
             )
         self._job = job
+        if not is_url(self._place):
+            remove_temporaries(Path(self._place))
         return job.folder, job.epoch, job.is_done_N, job.num_failed, job.suspects
 
     def _identity(

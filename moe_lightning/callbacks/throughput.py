@@ -96,10 +96,12 @@ class Throughput(Callback):
             self.num_errors = int(counts["num_errors"]) + _num_errors_before(trainer)
             work = _predicted(trainer, counts)
             if getattr(getattr(trainer, "datamodule", None), "is_done", False):
-                # The report of the run that did it stays.
+                # The report of the run that did it stays, unless that was killed before it.
                 if trainer.is_global_zero:
-                    directory = self.place or self.output_dir or trainer.default_root_dir
-                    print(_nothing_to_do(work, directory), file=sys.stderr)
+                    directory = self.output_dir or trainer.default_root_dir
+                    if not _is_finished(Path(directory) / "run.json"):
+                        self._write(trainer, work | {"mfu": None, "peak_memory": []}, "finished")
+                    print(_nothing_to_do(work, self.place or directory), file=sys.stderr)
                 return
         elif stage == "fit":
             work = self._fit.report(self._sum_over_ranks(trainer, self._fit.counts(trainer)))
@@ -292,3 +294,10 @@ def _nothing_to_do(work: dict[str, Any], directory: str) -> str:
         f"nothing to do: earlier runs have answered {work['num_predictions']:,} of "
         f"{work['num_rows']:,} rows (--restart computes them again)\npredictions: {directory}"
     )
+
+
+def _is_finished(report: Path) -> bool:
+    try:
+        return bool(json.loads(report.read_text())["exit_reason"] == "finished")
+    except (OSError, ValueError, KeyError):
+        return False

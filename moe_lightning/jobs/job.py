@@ -172,6 +172,8 @@ class Job:
                     self.is_done_N[rows] = True
                 self.num_done = int(self.is_done_N.sum())
                 self.num_failed = success["num_retryable"]
+                if not self.num_failed:
+                    self.storage.remove_folder(self.folder)  # a crash may have come before that
                 return
             self.storage.remove(SUCCESS)
         self._claim_epoch()

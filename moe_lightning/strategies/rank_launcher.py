@@ -25,6 +25,7 @@ from moe_lightning.strategies.rank_failures import is_group_failure, shorten
 if TYPE_CHECKING:
     from moe_lightning.strategies.rank_watch import RankWatch
 
+_PARENT = "MOE_LIGHTNING_PARENT"  # who started a rank, in its environment
 _LOOK_S = 0.5
 _GRACE_S = 20.0  # after the death of a rank that was started here, before this one is ended
 _END_S = 5.0  # that ranks which were started here have to end by themselves
@@ -79,7 +80,11 @@ class RankLauncher(_SubprocessScriptLauncher):
         environment.validate_settings(num_devices=self.num_processes, num_nodes=self.num_nodes)
         starts_others = self.num_processes * self.num_nodes > 1
         if starts_others and not environment.creates_processes_externally:
+            os.environ[_PARENT] = str(os.getpid())
             self._call_children_scripts()  # and leaves its address in this process's environment
+            del os.environ[_PARENT]
+        elif _PARENT in os.environ:
+            _end_with(int(os.environ.pop(_PARENT)))
         _set_num_threads_if_needed(num_processes=self.num_processes)
         self._note_sigterm_only(trainer)
         with self._watching_children():
@@ -159,6 +164,26 @@ class RankLauncher(_SubprocessScriptLauncher):
             connector.received_sigterm = True
 
         connector._sigterm_notifier_fn = note  # type: ignore[method-assign, assignment]
+
+
+def _end_with(parent: int) -> None:
+    """End this rank some time after the one that started it, which may have died before the ranks
+    met: nobody watches over them until then."""
+
+    def look() -> None:
+        while os.getppid() == parent:
+            time.sleep(_LOOK_S)
+        time.sleep(_GRACE_S)  # a watch, or the end of the run, may come first
+        print(
+            f"error: the process that started this rank ({parent}) is gone. The same command "
+            "continues.",
+            file=sys.stderr,
+            flush=True,
+        )
+        sys.stdout.flush()
+        os._exit(WorkersLostError.exit_code)
+
+    threading.Thread(target=look, name="parent-rank", daemon=True).start()
 
 
 def _verb(trainer: Trainer) -> str:
