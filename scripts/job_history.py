@@ -17,8 +17,8 @@ from simulated_disk import Crash, Disk, Process
 
 from moe_lightning.errors import StoppedError, UsageError
 from moe_lightning.jobs import Job, JobPlan, LocalStorage, work_units
+from moe_lightning.jobs.epochs import epoch_name, newest_epoch
 from moe_lightning.jobs.ledger import PartEntry, encode
-from moe_lightning.jobs.part_writer import newest_epoch
 
 ROOT = Path("/run")
 NUM_RANKS = 3
@@ -212,9 +212,11 @@ class History:
     def _write_as_a_zombie(self):
         """A commit that passed the check of the epoch just before the newer run began."""
         for run in self._some_run():
-            # A run whose claim came to nothing, because the disk failed, took over from nobody.
+            # A run whose claim came to nothing, because the disk failed, took over from nobody, and
+            # the epochs of a finished job are forgotten: what comes then is a right answer too.
             newest = self.begun.get(run.job.id, 0)
-            if run.job.id == self.id and newest > run.job.epoch:
+            claim = ROOT / epoch_name(run.job.folder, newest)
+            if newest > run.job.epoch > 0 and self.disk.find(claim) is not None:
                 content = "".join(f'{row}\tok\t{{"id": "zombie"}}\n' for row in self.safe or {0})
                 name = f"{run.job.folder}/parts/{run.job.epoch:06d}-zombie.part"
                 entry = PartEntry(name, len(content), _sha256(content.encode()), 1, 0)

@@ -5,7 +5,6 @@ each batch        ── rows ──▶ part and ledger;  the ranks agree whethe
 teardown          ── parts ──▶ predictions and errors in the order of the input
 """
 
-import importlib.metadata
 import json
 from collections.abc import Iterator
 from contextlib import suppress
@@ -17,7 +16,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 from typing_extensions import override
 
-import moe_lightning
+from moe_lightning.callbacks.run_identity import identity_of_run
 from moe_lightning.callbacks.stop_request import StopRequest
 from moe_lightning.collectives import RankGroup
 from moe_lightning.data.rank_batches import NumberedBatch
@@ -26,10 +25,7 @@ from moe_lightning.errors import MoELightningError, StoppedError, TooManyRowsFai
 from moe_lightning.files import is_disk_full, remove_temporaries
 from moe_lightning.jobs import Job, JobPlan, Outcome, PartWriter, Patience, open_storage
 from moe_lightning.jobs.storages import is_url
-from moe_lightning.modeling.manifest import training_checkpoint_hash
 from moe_lightning.tasks.isolation import BadBatchError, Predictions
-
-VERSIONS = ("torch", "transformers", "tokenizers")
 
 
 class PredictionWriter(BasePredictionWriter):
@@ -108,7 +104,7 @@ class PredictionWriter(BasePredictionWriter):
             datamodule.leave_out(is_done_N, num_failed=num_failed, suspects=suspects)
             self._num_errors += len(datamodule.row_errors)
         if epoch:  # a finished job begins none, and all ranks know that
-            storage = open_storage(self._place)
+            storage = self._job.storage if self._job is not None else open_storage(self._place)
             self._parts = PartWriter(storage, folder, epoch=epoch, rank=trainer.global_rank)
             self._check_shared(trainer)
         self._check_max_errors(trainer)
@@ -119,7 +115,8 @@ class PredictionWriter(BasePredictionWriter):
         try:
             plan = JobPlan()
             if datamodule is not None:
-                identity = self._identity(trainer, pl_module, datamodule)
+                identity = identity_of_run(trainer, pl_module, datamodule, self.ckpt_path)
+                identity["writer"] = {"format": self.format}
                 plan = JobPlan(identity, datamodule.num_rows, datamodule.batches)
             job = Job.open(
                 open_storage(self._place),
@@ -143,24 +140,6 @@ class PredictionWriter(BasePredictionWriter):
         if not is_url(self._place):
             remove_temporaries(Path(self._place))
         return job.folder, job.epoch, job.is_done_N, job.num_failed, job.suspects
-
-    def _identity(
-        self, trainer: Trainer, pl_module: LightningModule, datamodule: Any
-    ) -> dict[str, Any]:
-        module: Any = pl_module
-        of_module = module.identity() if hasattr(module, "identity") else {}
-        ckpt_path = self.ckpt_path
-        return {
-            "data": datamodule.identity(),
-            **of_module,
-            "ckpt_path": None if ckpt_path is None else training_checkpoint_hash(Path(ckpt_path)),
-            "trainer": {"precision": trainer.precision},
-            "writer": {"format": self.format},
-            "versions": {
-                "moe_lightning": moe_lightning.__version__,
-                **{name: importlib.metadata.version(name) for name in VERSIONS},
-            },
-        }
 
     def _check_shared(self, trainer: Trainer) -> None:
         """Every rank must see what the first one has begun."""

@@ -8,10 +8,11 @@ Nothing here imports torch, or knows what a row is computed with.
 """
 
 from moe_lightning.jobs.job import Job, Outcome
+from moe_lightning.jobs.local_storage import LocalStorage
 from moe_lightning.jobs.part_writer import PartWriter
 from moe_lightning.jobs.patience import Patience
 from moe_lightning.jobs.plan import JobPlan, WorkUnit, work_units
-from moe_lightning.jobs.storage import LocalStorage, Storage
+from moe_lightning.jobs.storage import Storage
 from moe_lightning.jobs.storages import open_storage
 
 __all__ = [

@@ -14,9 +14,7 @@ _SUCCESS says that the files above it are whole, and are those of the job that p
 """
 
 import json
-import os
 import secrets
-import socket
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -27,15 +25,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moe_lightning.errors import StoppedError, UsageError
-from moe_lightning.jobs.ledger import PartEntry, decode, sealed_bytes
-from moe_lightning.jobs.part_writer import (
-    SUSPECTS,
-    PartWriter,
-    epoch_name,
-    epoch_of,
-    newest_epoch,
-    read_suspects,
-)
+from moe_lightning.jobs.epochs import accepted_entries, claim_epoch, epoch_name
+from moe_lightning.jobs.ledger import PartEntry
+from moe_lightning.jobs.part_writer import SUSPECTS, PartWriter, read_suspects
 from moe_lightning.jobs.parts import Parts
 from moe_lightning.jobs.plan import JobPlan, differences
 from moe_lightning.jobs.results import Format, write_errors, write_predictions
@@ -149,6 +141,9 @@ class Job:
             id = stored["id"]
         else:
             storage.remove(SUCCESS)  # from here on what is there is no result
+            if stored is not None and plan.num_rows is not None:
+                for name in ("predictions.jsonl", "predictions.parquet", ERRORS):
+                    storage.remove(name)
             id = make_id()
             with storage.writer(f"job/{id}/batches.jsonl") as file:
                 for line in plan.lines():
@@ -156,9 +151,6 @@ class Job:
             begun = datetime.now(UTC).isoformat(timespec="seconds")
             fields = {"id": id, "begun": begun, **facts}
             storage.write(PLAN, json.dumps(fields, indent=2).encode() + b"\n")
-            if stored is not None and plan.num_rows is not None:
-                for name in ("predictions.jsonl", "predictions.parquet", ERRORS):
-                    storage.remove(name)
         _tidy(storage, id)
         return cls(storage, plan, id)
 
@@ -176,7 +168,7 @@ class Job:
                     self.storage.remove_folder(self.folder)  # a crash may have come before that
                 return
             self.storage.remove(SUCCESS)
-        self._claim_epoch()
+        self.epoch = claim_epoch(self.storage, self.folder)
         self.suspects, guilty = read_suspects(self.storage, self.folder)
         if guilty and not retry_errors:
             errors = [(row, False, text) for row, text in sorted(guilty.items())]
@@ -196,34 +188,9 @@ class Job:
             self.num_done = int(self.is_done_N.sum())
             self.num_failed = 0 if retry_errors else len(rows_failed)
 
-    def _claim_epoch(self) -> None:
-        """Begin an epoch: from now on, what earlier ones add does not count."""
-        while True:
-            epoch = newest_epoch(self.storage, self.folder) + 1
-            logs = self.storage.logs(f"{self.folder}/ledger")
-            claim = {
-                "seals": {log: len(content) for log, content in logs.items()},
-                "host": socket.gethostname(),
-                "process": os.getpid(),
-                "begun": datetime.now(UTC).isoformat(timespec="seconds"),
-            }
-            name = epoch_name(self.folder, epoch)
-            if self.storage.claim(name, json.dumps(claim).encode() + b"\n"):
-                self.epoch = epoch
-                return
-
-    def _claims(self) -> dict[int, bytes]:
-        names = self.storage.names(f"{self.folder}/epochs")
-        return {epoch_of(name): self.storage.read(name) or b"" for name in names}
-
     def _accepted(self) -> list[PartEntry]:
-        """The ledger: what counts of all logs."""
-        claims, entries = self._claims(), {}
-        for log, content in sorted(self.storage.logs(f"{self.folder}/ledger").items()):
-            for entry in decode(content[: sealed_bytes(log, epoch_of(log), claims)]):
-                if entry.part not in self._damaged:
-                    entries[entry.part] = entry
-        return list(entries.values())
+        entries = accepted_entries(self.storage, self.folder)
+        return [entry for entry in entries if entry.part not in self._damaged]
 
     @property
     def is_finished(self) -> bool:
@@ -271,14 +238,18 @@ class Job:
             num_ok, num_failed = len(parts.rows_ok), len(parts.rows_failed)
             num_input = sum(1 for _ in input_errors())
             self._check_counts(num_ok + num_failed + num_input, is_limited=is_limited)
-            self.writer().check_epoch()
+            check_epoch = self.writer().check_epoch  # files take long; each gets its name after it
             with self.storage.writer(predictions) as file:
                 write_predictions(parts, file, format)
+                check_epoch()
             if num_failed + num_input:
                 with self.storage.writer(ERRORS) as file:
                     write_errors(parts, input_errors(), file)
+                    check_epoch()
             else:
+                check_epoch()
                 self.storage.remove(ERRORS)
+            check_epoch()
         finally:
             parts.close()
         outcome = Outcome(num_ok + num_failed + num_input, num_ok, num_failed + num_input)
@@ -314,13 +285,22 @@ class Job:
 
     def close(self) -> None:
         """Let others at it. A job that nobody can continue, or has begun, leaves nothing behind."""
-        is_newest = not self.storage.exists(epoch_name(self.folder, self.epoch + 1))
-        if self.outcome is None and is_newest:
+        if self.outcome is None:
             with suppress(OSError):
-                if self.plan.num_rows is None or not _has_begun(self.storage, self.id):
+                if self._is_newest() and (
+                    self.plan.num_rows is None or not _has_begun(self.storage, self.id)
+                ):
                     self.storage.remove(PLAN)
-                    self.storage.remove_folder("job")
+                    _tidy(self.storage, None)  # not the lock: who comes next may have it already
+                    if not self.storage.names("job"):
+                        self.storage.remove_folder("job")
         self.storage.close()
+
+    def _is_newest(self) -> bool:
+        stored = json.loads(self.storage.read(PLAN) or b"{}")
+        return stored.get("id") == self.id and not self.storage.exists(
+            epoch_name(self.folder, self.epoch + 1)
+        )
 
 
 def _tidy(storage: Storage, id: str | None) -> None:

@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Iterable, Mapping
 
 from moe_lightning.errors import StoppedError
+from moe_lightning.jobs.epochs import epoch_name
 from moe_lightning.jobs.ledger import PartEntry, checked_line, encode, good_lines
 from moe_lightning.jobs.storage import Storage
 
@@ -83,22 +84,6 @@ class PartWriter:
             raise StoppedError(
                 "another run of this job has begun since and goes on with it; this one stops."
             )
-
-
-def epoch_name(folder: str, epoch: int) -> str:
-    """The file that says that an epoch has begun."""
-    return f"{folder}/epochs/{epoch:06d}.json"
-
-
-def epoch_of(name: str) -> int:
-    """The epoch that a file of a job belongs to, by its name."""
-    return int(name.rpartition("/")[2][:6])
-
-
-def newest_epoch(storage: Storage, folder: str) -> int:
-    """The number of the last epoch that has begun; 0 before the first."""
-    names = storage.names(f"{folder}/epochs")
-    return epoch_of(names[-1]) if names else 0
 
 
 def read_suspects(storage: Storage, folder: str) -> tuple[set[int], dict[int, str]]:

@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from moe_lightning.jobs.storage import LocalStorage, Storage
+from moe_lightning.jobs.local_storage import LocalStorage
+from moe_lightning.jobs.storage import Storage
 
 
 def is_url(place: str) -> bool:

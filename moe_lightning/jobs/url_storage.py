@@ -50,7 +50,9 @@ class UrlStorage(Storage):
 
     @override
     def append(self, name: str, line: bytes) -> None:
-        number = self._num_lines.get(name, 0)
+        if name not in self._num_lines:  # this process may have another storage for the same log
+            self._num_lines[name] = len(self.names(name))
+        number = self._num_lines[name]
         path = self._path(f"{name}/{number:08d}")
         self._make_folder(path)
         self._files.pipe_file(path, line)

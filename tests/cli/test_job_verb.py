@@ -252,6 +252,7 @@ def test_another_strategy_continues(job, dies_after) -> None:
 def test_urls(job, dies_after) -> None:
     assert job(*SMALL, output_dir="undisturbed").code == 0
     files = fsspec.filesystem("memory")
+    files.store.clear()
     files.pipe_file("/bucket/prompts/in.jsonl", Path("in.jsonl").read_bytes())
     options = (*SMALL, "--data.input", "memory://bucket/prompts/in.jsonl")
     mend = dies_after(2)
