@@ -144,7 +144,8 @@ class PredictionWriter(BasePredictionWriter):
     def _check_shared(self, trainer: Trainer) -> None:
         """Every rank must see what the first one has begun."""
         assert self._parts is not None, "the job is open"
-        is_blind = torch.tensor(float(not self._parts.has_begun()))
+        device = trainer.strategy.root_device  # NCCL sums nothing on the host
+        is_blind = torch.tensor(float(not self._parts.has_begun()), device=device)
         if float(torch.as_tensor(trainer.strategy.reduce(is_blind, reduce_op="sum"))):
             raise UsageError(
                 f"--output_dir {self._place} is not the same directory for all ranks. Machines "

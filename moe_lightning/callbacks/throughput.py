@@ -127,9 +127,9 @@ class Throughput(Callback):
     def _sum_over_ranks(self, trainer: Trainer, own: dict[str, float]) -> dict[str, float]:
         """The counts of all ranks; the time is this one's."""
         elapsed_s = own.pop("elapsed_s")
-        total = trainer.strategy.reduce(
-            torch.tensor(list(own.values()), dtype=torch.float64), reduce_op="sum"
-        )
+        device = trainer.strategy.root_device  # NCCL sums nothing on the host
+        numbers = torch.tensor(list(own.values()), dtype=torch.float64, device=device)
+        total = trainer.strategy.reduce(numbers, reduce_op="sum")
         counts = dict(zip(own, torch.as_tensor(total).tolist(), strict=True))
         return counts | {"elapsed_s": elapsed_s}
 
@@ -212,7 +212,8 @@ def _peak_memory(trainer: Trainer) -> list[dict[str, Any]]:
     # Linux counts in KiB.
     own[trainer.global_rank, 0] = 1024.0 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     own[trainer.global_rank, 1] = sum(torch.cuda.max_memory_allocated(d) for d in devices)
-    every = torch.as_tensor(trainer.strategy.reduce(own, reduce_op="sum")).tolist()
+    total = trainer.strategy.reduce(own.to(trainer.strategy.root_device), reduce_op="sum")
+    every = torch.as_tensor(total).tolist()
     return [
         {"process": f"rank {rank}", "host_bytes": int(host), "device_bytes": int(device)}
         for rank, (host, device) in enumerate(every)

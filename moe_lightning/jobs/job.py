@@ -107,6 +107,7 @@ class Job:
 
         Raises:
             UsageError: If another process is at work on it, or it is another job.
+            StoppedError: If another run has begun there at the same time, where there are no locks.
         """
         storage.lock()
         try:
@@ -169,6 +170,8 @@ class Job:
                 return
             self.storage.remove(SUCCESS)
         self.epoch = claim_epoch(self.storage, self.folder)
+        if not self._is_newest():  # it has replaced this job, and does not know its new epoch
+            raise StoppedError("another run has begun there at the same time; this one stops.")
         self.suspects, guilty = read_suspects(self.storage, self.folder)
         if guilty and not retry_errors:
             errors = [(row, False, text) for row, text in sorted(guilty.items())]
