@@ -79,11 +79,6 @@ class TimedWriter(PredictionWriter):
             super().setup(*args, **kwargs)
 
     @override
-    def _identity(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        with self.watch("identity"):
-            return super()._identity(*args, **kwargs)
-
-    @override
     def on_predict_start(self, *args: Any, **kwargs: Any) -> None:
         with self.watch("batch ends"):
             super().on_predict_start(*args, **kwargs)
@@ -217,7 +212,7 @@ def tables(results: Sequence[dict[str, Any]]) -> str:
         ]
         head = [result["case"], str(result["rows"]), str(result["batches"])]
         lines.append("| " + " | ".join([*head, *none, *more]) + " |")
-    phases = ("setup", "identity", "batch ends", "commits", "teardown")
+    phases = ("setup", "batch ends", "commits", "teardown")
     lines += [
         "",
         "| case | "

@@ -187,7 +187,7 @@ class OurLoops:
             enable_model_summary=False,
             enable_progress_bar=False,
             default_root_dir=out,
-            callbacks=[PredictionWriter(str(out))],
+            callbacks=[PredictionWriter(str(out), restart=True)],
         )
         self.trainer_s = time.perf_counter() - start_s
 

@@ -1,6 +1,7 @@
 """What decides the answers of a predict run, whoever computes them."""
 
 import importlib.metadata
+import json
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ def identity_of_run(
         Plain values.
     """
     model: Any = module
-    return {
+    identity = {
         "data": datamodule.identity(),
         **(model.identity() if hasattr(model, "identity") else {}),
         "ckpt_path": None if ckpt_path is None else training_checkpoint_hash(Path(ckpt_path)),
@@ -37,3 +38,6 @@ def identity_of_run(
             **{name: importlib.metadata.version(name) for name in VERSIONS},
         },
     }
+    # What is no plain value, such as an attribute of somebody's own task, is known by its text.
+    plain: dict[str, Any] = json.loads(json.dumps(identity, default=str))
+    return plain

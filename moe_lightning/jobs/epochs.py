@@ -24,8 +24,10 @@ def claim_epoch(storage: Storage, folder: str) -> int:
         Its number; the first is 1.
     """
     while True:
-        epoch = newest_epoch(storage, folder) + 1
+        newest = newest_epoch(storage, folder)
         logs = storage.logs(f"{folder}/ledger")
+        # A power cut may bring logs back that were removed together with their epochs.
+        epoch = 1 + max([newest, *map(epoch_of, logs)])
         claim = {
             "seals": {log: len(content) for log, content in logs.items()},
             "host": socket.gethostname(),

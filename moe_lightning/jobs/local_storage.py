@@ -31,6 +31,8 @@ class LocalStorage(Storage):
         self.root = root
         self._do = operations or FileOperations()
         self._lock: int | None = None
+        process = f"process {os.getpid()} of {socket.gethostname()}"
+        self._name = f"{process}\n{secrets.token_hex(4)}\n".encode()
         self._made: set[Path] = set()
         self._torn: set[str] = set()  # logs that may end in the middle of a line
         self._named: set[str] = set()  # logs whose names would survive a power cut
@@ -110,27 +112,30 @@ class LocalStorage(Storage):
 
     @override
     def lock(self) -> None:
-        path = self._path(LOCK)
-        self._lock = self._do.lock(path)
+        try:
+            self._lock = self._do.lock(self._path(LOCK))
+        except FileNotFoundError:  # whoever had it has removed the directory meanwhile
+            self._made.discard((self.root / LOCK).parent)
+            self._lock = self._do.lock(self._path(LOCK))
         if self._lock is None:
-            holder = (self.read(LOCK) or b"").decode(errors="replace").strip() or "another process"
+            lines = (self.read(LOCK) or b"").decode(errors="replace").splitlines()
+            holder = lines[0] if lines else "another process"
             raise UsageError(
                 f"{self.root}: {holder} is at work there. Wait for it, end it, or choose another "
                 "--output_dir."
             )
         with suppress(OSError):
             self._do.truncate(self._lock, 0)
-            self._do.write(
-                self._lock, f"process {os.getpid()} of {socket.gethostname()}\n".encode()
-            )
+            self._do.write(self._lock, self._name)
 
     @override
     def close(self) -> None:
         if self._lock is not None:
             path = self.root / LOCK
             with suppress(OSError):
-                self._do.remove(path)
-                self._do.remove_directory(path.parent)  # if there is no job in it
+                if self.read(LOCK) == self._name:  # without locks, another run may have taken over
+                    self._do.remove(path)
+                    self._do.remove_directory(path.parent)  # if there is no job in it
             with suppress(OSError):
                 self._do.close(self._lock)
             self._lock = None

@@ -36,16 +36,16 @@ class Task(ABC):
     default_max_new_tokens: int = 0
 
     def identity(self) -> dict[str, Any]:
-        """What decides the answers: the class and its options.
+        """What decides the answers: the class and its attributes that are plain values.
 
         Returns:
             Plain values.
         """
-        options = {
+        return {"name": type(self).__name__} | {
             name: asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
             for name, value in vars(self).items()
+            if not callable(value)
         }
-        return {"name": type(self).__name__, **options}
 
     def planned_tokens(
         self, num_prompt_tokens_N: NDArray[np.int64], max_new_tokens_N: NDArray[np.int64]

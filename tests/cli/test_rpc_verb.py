@@ -115,8 +115,12 @@ def named(addresses):
 
 @pytest.fixture
 def predict_rpc(run, arguments_of):
-    """``predict`` in this process, with workers in others."""
-    return lambda *arguments, task="Generate": run(*arguments_of(task, "out", *arguments))
+    """``predict`` in this process, anew each time, with workers in others."""
+
+    def predict_rpc(*arguments, task="Generate"):
+        return run(*arguments_of(task, "out", "--restart", *arguments))
+
+    return predict_rpc
 
 
 # Ways to start.

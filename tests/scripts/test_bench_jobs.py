@@ -62,7 +62,6 @@ def test_every_way_ran_and_the_verdict_follows_from_the_times(bench) -> None:
         (inside,), (run,) = case["inside"], case["runs"]["job"]
         for clock in (0, 1):
             assert inside["commits"][clock] <= inside["batch ends"][clock]
-            assert inside["identity"][clock] <= inside["setup"][clock]
         hooks = [inside[hook] for hook in ("setup", "batch ends", "teardown")]
         shares = [sum(hook[clock] for hook in hooks) / run[clock] for clock in (0, 1)]
         assert min(shares) > 0
