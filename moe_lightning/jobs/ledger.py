@@ -93,6 +93,6 @@ def sealed_bytes(log: str, epoch: int, claims: Mapping[int, bytes]) -> int | Non
 def _seals(claim: bytes) -> dict[str, int] | None:
     try:
         seals: dict[str, int] = json.loads(claim)["seals"]
-    except ValueError:  # its run crashed before it began
+    except (ValueError, KeyError):  # its run crashed before it began, or the file is damaged
         return None
     return seals

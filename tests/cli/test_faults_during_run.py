@@ -235,7 +235,7 @@ def stop_once_there_is(
             assert time.monotonic() < deadline_s, "the run did not begin"
             time.sleep(0.05)
         process.send_signal(stop)
-        return process.wait(timeout=10), Path("stderr").read_text()
+        return process.wait(timeout=30), Path("stderr").read_text()
     finally:
         process.kill()
         process.wait()
@@ -287,7 +287,7 @@ def test_a_second_ctrl_c_ends_the_run_at_once(work, tiny, write_rows) -> None:
         assert process.poll() is None, Path("stderr").read_text()
         assert "stopping after the batch in flight" in Path("stderr").read_text()
         process.send_signal(signal.SIGINT)
-        assert process.wait(timeout=10) == 5
+        assert process.wait(timeout=30) == 5
     finally:
         process.kill()
         process.wait()

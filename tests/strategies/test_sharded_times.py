@@ -16,7 +16,7 @@ from moe_lightning.modeling.seam import dispatcher_of, find_moe_layers
 from moe_lightning.strategies import ShardedStrategy
 
 PROMPTS = [f"{'ab c ' * n}{n}" for n in range(3, 10)]
-SLOW_S = 0.05
+SLOW_S = 0.2  # more than other work of the machine takes away
 
 
 class SlowRank(L.Callback):
