@@ -13,7 +13,7 @@ from chaos_rpc_record import Mark, Run, Setting, Strike
 from chaos_rpc_team import HandWorker, LocalWorkers, is_alive, wait_until
 
 LOOK_S = 0.005
-BETWEEN_SIGNALS_S = 0.1
+BETWEEN_SIGNALS_S = 1.2  # sooner ones are taken for one
 _SIGNALS: dict[Kind, signal.Signals] = {
     "kill": signal.SIGKILL,
     "restart": signal.SIGKILL,

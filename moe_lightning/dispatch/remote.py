@@ -142,7 +142,8 @@ class RemoteDispatcher(Dispatcher):
             trace.goes_to(slot_TK)
         shares = routes.shares(index_TK, weights_TK, slot_TK)
         flights = [
-            (share, self._send(share, hidden_TD, trace), time.perf_counter())
+            # The clock first: the worker may answer before this thread comes to look at it.
+            (share, time.perf_counter(), self._send(share, hidden_TD, trace))
             for share in shares
             if share.slot != home
         ]
@@ -156,7 +157,7 @@ class RemoteDispatcher(Dispatcher):
                 part_RD = held.compute(share.rows(hidden_TD), share.index_RK, share.weights_RK)
                 out_TD = share.add(part_RD, out_TD, hidden_TD)
                 trace.lap("compute", home)
-        for share, flight, left_s in flights:
+        for share, left_s, flight in flights:
             part_RD = self._receive(share, flight, left_s, hidden_TD, trace)
             out_TD = share.add(part_RD, out_TD, hidden_TD)
             num_bytes = 0 if isinstance(flight, WorkerLost) else flight.num_bytes_received

@@ -246,8 +246,8 @@ BAD = {
         "after a nap, the master",
     ),
     "Ctrl-C takes long": (
-        {"kind": "interrupt", "code": 5, "rows": None, "end_s": 7.5},
-        "2.50 s after it was interrupted",
+        {"kind": "interrupt_twice", "code": 5, "rows": None, "end_s": 9.0},
+        "4.00 s after it was interrupted",
     ),
     "interrupted by nobody": ({"code": 5, "rows": None}, "nobody has interrupted it"),
     "it took long": ({"end_s": 36.0}, "it took 36.0 s, more than 35.0 s"),

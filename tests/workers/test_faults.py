@@ -259,9 +259,14 @@ def test_workers_of_a_killed_master_serve_the_next(carry_out):
 
 
 def test_ctrl_c_while_the_master_waits_for_a_worker(carry_out):
-    faults = (("stop", 1, "decode"), ("interrupt", 0, "decode"))
+    faults = (("stop", 1, "decode"), ("interrupt_twice", 0, "decode"))
     assert carry_out(103, "hand", *faults).outcome == "interrupted"
     assert carry_out(104, "hand").outcome == "ok"
+
+
+def test_one_ctrl_c_lets_the_batch_be_finished_with_the_workers_that_are_left(carry_out):
+    faults = (("stop", 1, "decode"), ("interrupt", 0, "decode"))
+    assert carry_out(105, "hand", *faults).outcome == "ok"  # there is one batch
 
 
 def test_local_workers_bear_and_end_like_others(carry_out):
