@@ -25,6 +25,7 @@ VERBS = {
     "verify": "Compare a strategy's results with those of one process, part by part.",
     "export": "Write a training checkpoint as a Hugging Face directory.",
     "plan": "What each strategy would need on some devices; --from: a placement of what was seen.",
+    "benchmark": "Strategies side by side on this machine, in numbers.",
     "worker": "Serve experts to a master that predicts with --trainer.strategy moe_rpc.",
 }
 USAGE = f"""usage: python -m moe_lightning VERB [--config NAME.yaml] [--dotted.option value]
