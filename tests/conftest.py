@@ -29,6 +29,7 @@ from moe_lightning.tasks import Task
 # Tests that watch the clock, run on ranks or start the program itself; scripts/test.sh runs the
 # others two at a time.
 ALONE = (
+    "cli/test_benchmark",
     "cli/test_faults",
     "cli/test_finetune_configs",
     "cli/test_plan_from",

@@ -8,6 +8,7 @@ from moe_lightning.callbacks.communication_picture import COLOURS
 from moe_lightning.files import atomic_writer
 
 DPI = 110
+GATHER = {"gather": "#b08bc4"}
 
 
 def draw(path: Path, results: Sequence[Result]) -> None:
@@ -24,6 +25,7 @@ def draw(path: Path, results: Sequence[Result]) -> None:
     height = 1.6 + 0.42 * len(results)
     figure = Figure(figsize=(14, height), dpi=DPI, layout="constrained")
     speed = figure.subplots(1, 4, width_ratios=[1, 1, 1, 1], sharey=True)
+    colours = COLOURS | GATHER
     names = [result.contestant.name for result in results]
     places = range(len(results))
     for axes, phase in zip(speed[:2], ("prefill", "decode"), strict=True):
@@ -40,7 +42,7 @@ def draw(path: Path, results: Sequence[Result]) -> None:
         left = [0.0] * len(results)
         for part in PARTS:
             widths = [(result.median(f"{phase}_{part}_us") or 0.0) / 1e3 for result in results]
-            axes.barh(places, widths, left=left, color=COLOURS[part], label=part, height=0.7)
+            axes.barh(places, widths, left=left, color=colours[part], label=part, height=0.7)
             left = [a + b for a, b in zip(left, widths, strict=True)]
         axes.set_title(f"{phase}, ms of a MoE layer", fontsize=10)
     speed[0].set_yticks(places, names)

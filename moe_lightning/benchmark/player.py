@@ -22,7 +22,7 @@ from typing_extensions import override
 
 from moe_lightning.callbacks.communication_times import PARTS, CommunicationTimes
 from moe_lightning.data.prompts import PromptData
-from moe_lightning.modeling.sharding_times import ShardingWatch
+from moe_lightning.modeling.sharding_times import ShardingTimes, ShardingWatch
 from moe_lightning.module import MoELightningModule
 from moe_lightning.strategies import SHARDED_PRESETS
 from moe_lightning.strategies.registry import STRATEGIES
@@ -100,6 +100,7 @@ class _Seen:
     """What the layers of a phase did."""
 
     times: CommunicationTimes
+    gather_s: float
     gather_bytes: int
 
 
@@ -112,7 +113,8 @@ class PhaseClock(Callback):
     Attributes:
         tasks: The task of each phase.
         phases: By name, its beginning and end (``time.monotonic``), seconds of the parts of all
-            layers, how many passes they had, and bytes that left this process for another slot.
+            layers and of gathers of weights, how many passes they had, and bytes that left this
+            process for another slot.
     """
 
     def __init__(self, *, max_new_tokens: int) -> None:
@@ -145,7 +147,8 @@ class PhaseClock(Callback):
         if name in self.phases:
             return
         module.task = self.tasks[dataloader_idx]
-        self._seen = _Seen(CommunicationTimes(), self._gathered_bytes())
+        gathered = self._gathered()
+        self._seen = _Seen(CommunicationTimes(), gathered.gather_s, gathered.gather_bytes)
         self.phases[name] = {"begin_s": time.monotonic()}
 
     @override
@@ -164,14 +167,15 @@ class PhaseClock(Callback):
         assert self._seen is not None, "the batch has begun"
         times = self._seen.times
         times.read()
-        layers = times.layers.values()
+        layers, gathered = times.layers.values(), self._gathered()
         seconds = {part: sum(getattr(each, f"{part}_s") for each in layers) for part in PARTS}
+        seconds["gather"] = gathered.gather_s - self._seen.gather_s
         self.phases[PHASES[dataloader_idx]] |= {
             "end_s": end_s,
             "parts_s": seconds,
             "num_passes": sum(each.num_passes for each in layers),
             "row_bytes": sum(times.links.values()),
-            "weight_bytes": self._gathered_bytes() - self._seen.gather_bytes,
+            "weight_bytes": gathered.gather_bytes - self._seen.gather_bytes,
         }
 
     @override
@@ -185,9 +189,9 @@ class PhaseClock(Callback):
         if self._seen is not None:
             self._seen.times.add(trace)
 
-    def _gathered_bytes(self) -> int:
+    def _gathered(self) -> ShardingTimes:
         assert self._sharding is not None, "the run has begun"
-        return self._sharding.read().gather_bytes
+        return self._sharding.read()
 
 
 def _strategy(name: str, options: Numbers) -> Any:

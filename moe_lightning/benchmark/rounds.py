@@ -15,7 +15,7 @@ from moe_lightning.benchmark.contestants import PLAIN, VLLM, Contestant
 from moe_lightning.benchmark.processes import Ran, run_watched
 from moe_lightning.benchmark.workload import Workload
 
-PARTS = ("dispatch", "compute", "combine", "wait")
+PARTS = ("dispatch", "compute", "combine", "wait", "gather")  # of weights, by FSDP
 Progress = Callable[[int, str], None]
 
 

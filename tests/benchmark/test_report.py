@@ -26,7 +26,13 @@ def result(name, speed, rows, *, layers=True, why_not="", planned=(0.0, 0.0)):
         }
         if layers:
             for phase in ("prefill", "decode"):
-                parts = {"dispatch": 10.0, "compute": 100.0, "combine": 5.0, "wait": 50.0}
+                parts = {
+                    "dispatch": 10.0,
+                    "compute": 100.0,
+                    "combine": 5.0,
+                    "wait": 50.0,
+                    "gather": 0.0,
+                }
                 numbers |= {f"{phase}_{part}_us": us for part, us in parts.items()}
                 numbers |= {f"{phase}_row_bytes": 8000.0, f"{phase}_weight_bytes": 0.0}
         made.rounds.append(numbers)

@@ -9,7 +9,7 @@ from moe_lightning.benchmark import Contestant, Limits, Result, Setup, Workload,
 from moe_lightning.benchmark.processes import Ran
 
 WORKLOAD = Workload(Path("rows.jsonl"), (10, 20, 30), 5)  # 60 tokens of prompts, 12 decoded
-PARTS = {"dispatch": 0.001, "compute": 0.002, "combine": 0.003, "wait": 0.004}
+PARTS = {"dispatch": 0.001, "compute": 0.002, "combine": 0.003, "wait": 0.004, "gather": 0.0}
 
 
 def phase(begin_s, end_s, *, times=1, passes=2, row_bytes=0):
