@@ -50,6 +50,7 @@ def scripts(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "scripts")
 
 
+@pytest.mark.wide
 def test_everybody_takes_part_and_gives_the_answers_of_one_device(passes):
     assert [each["name"] for each in passes[0]["passes"]] == ["prefill", "decode"]
     for each in passes[0]["passes"]:
@@ -60,6 +61,7 @@ def test_everybody_takes_part_and_gives_the_answers_of_one_device(passes):
             assert way["difference"] <= 1e-4
 
 
+@pytest.mark.wide
 def test_rows_travel_once_per_worker_and_fewer_bytes_do_when_compressed(passes):
     for each in passes[0]["passes"]:
         naive, one_call, overlap, bfloat16, int8 = each["ways"]
@@ -75,6 +77,7 @@ def test_rows_travel_once_per_worker_and_fewer_bytes_do_when_compressed(passes):
         assert all(way["bytes_there"] > way["bytes_back"] for way in each["ways"])
 
 
+@pytest.mark.wide
 def test_ratios_follow_from_medians(passes):
     report = passes[0]
     there, back = (
@@ -100,6 +103,7 @@ def test_ratios_follow_from_medians(passes):
             assert 0 < limits["experts"] <= each["ways"][1]["traced"]["ms"]["compute"]
 
 
+@pytest.mark.wide
 def test_tables_and_verdicts_are_printed(passes, layer):
     for line in ("### prefill: 8 rows of 40 tokens", "### decode: 4 rows of 8 tokens, 4 new"):
         assert line in passes[1]

@@ -5,10 +5,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 TINY = ["--rounds", "1", "--rows", "32", "--hidden", "64", "--layers", "2", "--new-tokens", "2"]
 
 
+@pytest.mark.wide
 def test_ours_and_the_baseline_give_the_same_scores(tmp_path):
     sides = ["fsdp: baseline", "ep: ours"]
     out = tmp_path / "result.json"

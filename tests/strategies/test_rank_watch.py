@@ -5,9 +5,11 @@ import re
 import signal
 import socket
 import time
+from itertools import product
 from pathlib import Path
 
 import pytest
+from sampling import sampled
 from watched_rank import ForkedRanks
 
 TIMEOUT_S = 4
@@ -90,8 +92,14 @@ def named(output):
     return [int(rank) for rank in re.findall(rf"rank (\d+) on host {host} \(process \d+\)", error)]
 
 
-@pytest.mark.parametrize("victim", [0, 1])
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize(
+    ("number", "victim"),
+    sampled(
+        list(product([signal.SIGKILL, signal.SIGSTOP], [0, 1])),
+        (signal.SIGKILL, 0),
+        (signal.SIGSTOP, 1),
+    ),
+)
 def test_the_others_end_with_6_and_name_the_rank_that_was_killed_or_stopped(start, victim, number):
     ranks = start(3)
     ranks.signal(victim, number)
