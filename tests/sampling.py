@@ -7,10 +7,14 @@ def sampled(cases, *in_ci):
     """Mark all cases but some as wide.
 
     Args:
-        cases: Values of a parameter.
+        cases: Values of a parameter; tuples are values of several.
         in_ci: Those that run always.
 
     Returns:
         The same, for ``parametrize``.
     """
-    return [c if c in in_ci else pytest.param(c, marks=pytest.mark.wide) for c in cases]
+
+    def wide(case):
+        return pytest.param(*case if isinstance(case, tuple) else (case,), marks=pytest.mark.wide)
+
+    return [case if case in in_ci else wide(case) for case in cases]
