@@ -63,6 +63,7 @@ class History:
         self.has_locks = random.random() < 0.5
         self.runs = []
         self._damaged = set()
+        self._is_half_forgotten = False
         self.begun = {}
         self.safe = set()
         self.id = None
@@ -161,7 +162,8 @@ class History:
     def _begin_anew(self):
         if self.random.random() < 0.3:
             if not (self.has_locks and self.disk.locks):
-                self.safe = set()  # it may crash when it has forgotten half of the job
+                # It may crash when it has forgotten half of the job, which another run is at.
+                self.safe, self._is_half_forgotten = set(), True
             self._begin(restart=True)
 
     def _begin_to_retry(self):
@@ -254,7 +256,7 @@ class History:
                 run.job.close()
                 self.counts["finished"] += 1
             except StoppedError:
-                if not was_superseded and not self._damaged:
+                if not (was_superseded or self._damaged or self._is_half_forgotten):
                     raise BrokenPromiseError("a run cannot finish what it has done") from None
             except OSError:
                 pass
