@@ -19,6 +19,7 @@ from moe_lightning.cli.plain_words import plain_words
 from moe_lightning.cli.ranks import settle_ranks
 from moe_lightning.cli.strategy_names import offer_all_devices, spell_out_strategies
 from moe_lightning.errors import MoELightningError, UsageError
+from moe_lightning.extras import with_extra
 from moe_lightning.files import write_atomically
 from moe_lightning.jobs.storages import is_url
 from moe_lightning.modeling.training_checkpoint import check_training_checkpoint, find_sharded
@@ -197,7 +198,10 @@ class MoECLI(LightningCLI):
                     f"strategy. This package's are {', '.join(STRATEGIES)}; of Lightning's, auto "
                     "(one device) and ddp run its models."
                 ) from error
-            raise UsageError(plain_words(str(error))) from error
+            message = plain_words(str(error))
+            if isinstance(error, ImportError):
+                message = with_extra(message)
+            raise UsageError(message) from error
         strategy = self.trainer.strategy
         if self.config.ckpt_path is not None and isinstance(strategy, MoEStrategy):
             strategy.check_ckpt_path()

@@ -16,6 +16,7 @@ from importlib import import_module
 
 from moe_lightning import __version__
 from moe_lightning.errors import MoELightningError, StoppedError
+from moe_lightning.extras import names_extra, with_extra
 from moe_lightning.files import is_disk_full
 
 VERBS = {
@@ -36,6 +37,7 @@ verbs:
   python -m moe_lightning predict --config single_device.yaml    the shipped demo, as it is
   python -m moe_lightning VERB --help                            the options of a verb
   python -m moe_lightning VERB --print_config=comments           all options as commented YAML
+  python -m moe_lightning --env                                  for a bug report; what is wrong
 """
 INTERRUPTED = 5
 
@@ -55,6 +57,8 @@ def main(arguments: Sequence[str]) -> int:
     if arguments[0] == "--version":
         print(__version__)
         return 0
+    if arguments[0] == "--env":
+        return import_module("moe_lightning.cli.environment").run()  # type: ignore[no-any-return]
     verb, *options = arguments
     if verb not in VERBS:
         return _fail(f"there is no verb {verb!r}.\n{USAGE}", 2)
@@ -79,6 +83,11 @@ def main(arguments: Sequence[str]) -> int:
         if stop.code == 1:
             return _fail(_interrupted(verb), INTERRUPTED)
         return stop.code if isinstance(stop.code, int) else 0
+    except ImportError as error:  # of what only some options need
+        message = with_extra(str(error))
+        if not names_extra(message):
+            raise
+        return _fail(f"{message}.", 2)
     except Exception as error:
         if not _is_out_of_memory(error):
             raise

@@ -5,6 +5,7 @@ from pathlib import Path
 import fsspec
 
 from moe_lightning.errors import UsageError
+from moe_lightning.extras import with_extra
 
 
 def fetch_input(url: str) -> Path:
@@ -23,4 +24,4 @@ def fetch_input(url: str) -> Path:
         return Path(fsspec.open_local(f"simplecache::{url}", simplecache={"same_names": True}))
     except (ValueError, ImportError, OSError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise UsageError(f"the input {url} cannot be fetched: {reason}.") from error
+        raise UsageError(f"the input {url} cannot be fetched: {with_extra(reason)}.") from error

@@ -26,6 +26,7 @@ from moe_lightning.experts.tiles import (
     max_programs,
     power_of_two,
 )
+from moe_lightning.extras import how_to_install
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 COMBINE_BLOCK = 1024
@@ -73,7 +74,7 @@ def can_fuse(experts: nn.Module) -> str | None:
         The reason, to follow a colon.
     """
     if importlib.util.find_spec("triton") is None:
-        return "triton is not installed (pip install triton)"
+        return f"triton is not installed ({how_to_install('triton')})"
     weights = [cast(Tensor, getattr(experts, name)) for name in projections(experts)]
     for weight in weights:
         if type(weight) not in (Tensor, nn.Parameter):

@@ -14,8 +14,13 @@ D hidden, F expert width, X and Y the widths in and out of a product.
 Importing this module needs ``triton``; only ``fused.py`` imports it, when it is used.
 """
 
-import triton
-import triton.language as tl
+from moe_lightning.extras import how_to_install
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError as error:
+    raise ImportError(f"the Triton kernels need triton: {how_to_install('triton')}") from error
 
 
 @triton.jit

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from moe_lightning.errors import CheckpointError, UsageError
 from moe_lightning.experts.adapters import LORA_A, LORA_B
+from moe_lightning.extras import how_to_install
 from moe_lightning.finetune.adapter_layout import (
     expert_keys,
     experts_from_peft,
@@ -213,9 +214,7 @@ def save_adapter(
     try:
         from peft import LoraConfig
     except ImportError as error:
-        raise UsageError(
-            "writing a PEFT adapter needs peft: pip install 'moe-lightning[lora]'."
-        ) from error
+        raise UsageError(f"writing a PEFT adapter needs peft: {how_to_install('peft')}.") from error
     matrices: dict[str, Tensor] = {}
     modules: set[str] = set()
     projections: dict[str, list[str]] = {}

@@ -13,6 +13,7 @@ import fsspec
 from typing_extensions import override
 
 from moe_lightning.errors import UsageError
+from moe_lightning.extras import with_extra
 from moe_lightning.jobs.storage import AbstractWriter, Storage
 
 
@@ -30,8 +31,9 @@ class UrlStorage(Storage):
         self.url = url.rstrip("/")
         try:
             self._files, self._root = fsspec.core.url_to_fs(self.url, use_listings_cache=False)
-        except (ValueError, ImportError) as error:
-            raise UsageError(f"{url}: {error}.") from error
+        except (ValueError, ImportError, OSError) as error:
+            reason = str(error).partition("\n")[0]
+            raise UsageError(f"{url}: {with_extra(reason)}.") from error
         self._num_lines: dict[str, int] = {}
 
     @override

@@ -305,5 +305,7 @@ def test_why_experts_cannot_be_fused(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     assert "experts are on cpu" in can_fuse(experts.cpu())
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UsageError, match=r"pip install triton.*experts_backend=grouped_mm"):
+    with pytest.raises(
+        UsageError, match=r"pip install .moe-lightning.triton.*experts_backend=grouped_mm"
+    ):
         FusedExperts(experts)
