@@ -25,6 +25,7 @@ from moe_lightning.data.rank_batches import NumberedBatch
 from moe_lightning.data.records import RowBatch
 from moe_lightning.dispatch import RoutingLog
 from moe_lightning.errors import CheckpointError, MoELightningError, UsageError
+from moe_lightning.experts.backends import check_name
 from moe_lightning.experts.names import BackendName
 from moe_lightning.finetune.adaptation import Adaptation
 from moe_lightning.finetune.fine_tuning import RouterBalance
@@ -68,7 +69,8 @@ class MoELightningModule(TrainingHooks):
         dtype: Precision of the weights and of the computation. "auto" is float32 on a CPU, and the
             checkpoint's own on a GPU; fit trains in float32 unless told otherwise.
         experts_backend: How experts are computed. "auto" picks the fastest that is exact. On a CPU,
-            cpu_half takes half the memory (relative error 4e-4), and cpu_int8 a quarter (3e-2).
+            cpu_half takes half the memory (relative error 4e-4), and cpu_int8 a quarter (3e-2). A
+            backend of your own is named MODULE.FUNCTION.
         check_weights: Whether to read all weights once before loading and refuse NaN or infinite
             values.
         optimizer: The optimizer of fit, with its options. The default is AdamW.
@@ -88,7 +90,7 @@ class MoELightningModule(TrainingHooks):
         *,
         task: Task | None = None,
         dtype: DtypeName = "auto",
-        experts_backend: BackendName = "auto",
+        experts_backend: BackendName | str = "auto",
         check_weights: bool = False,
         optimizer: OptimizerCallable = torch.optim.AdamW,
         lr_scheduler: LRSchedulerCallable | None = None,
@@ -101,6 +103,7 @@ class MoELightningModule(TrainingHooks):
         self.checkpoint = checkpoint
         self.task = task if task is not None else Generate()
         self.dtype_name = dtype
+        check_name(experts_backend)
         self.experts_backend = experts_backend
         self.check_weights = check_weights
         self.optimizer_factory = optimizer

@@ -23,6 +23,7 @@ from moe_lightning.experts.adapters import (
     with_merged_weights,
 )
 from moe_lightning.experts.names import BACKEND_NAMES
+from moe_lightning.experts.own_backend import import_maker, is_own
 from moe_lightning.experts.packed import PackedExperts, activation, projections
 from moe_lightning.experts.packed_weights import (
     HalfWeights,
@@ -148,7 +149,7 @@ def plain_backend(name: str, experts: nn.Module) -> Backend:
     """The backend that leaves the weights where they are and has gradients.
 
     Args:
-        name: The backend asked for, one of :data:`BACKEND_NAMES`; those that are for inference only
+        name: The backend asked for, as in :func:`check_name`; those that are for inference only
             give way to ``grouped_mm``.
         experts: The family's experts module.
 
@@ -169,11 +170,11 @@ def plain_backend(name: str, experts: nn.Module) -> Backend:
 def make_backend(name: str, experts: nn.Module) -> Backend:
     """The backend of that name for inference; ``auto`` is the fastest exact one for the weights.
 
-    A packed backend takes the module's weights over (see :class:`PackedExperts`). A backend that
-    cannot serve these experts says why, once, and gives way to ``auto``.
+    A packed backend takes the module's weights over (see :class:`PackedExperts`). One that cannot
+    serve these experts says why, once, and gives way to ``auto``.
 
     Args:
-        name: One of :data:`BACKEND_NAMES`.
+        name: The backend, as in :func:`check_name`.
         experts: The family's experts module, its weights in place.
 
     Returns:
@@ -188,6 +189,8 @@ def make_backend(name: str, experts: nn.Module) -> Backend:
     if name in ("reference", "grouped_mm") or experts.num_experts == 0:
         return plain_backend(name, experts)
     reason = why_not(name, experts)
+    if reason is None and is_own(name):
+        return import_maker(name)(experts)
     if reason is None and name == "triton":
         from moe_lightning.experts.fused import FusedExperts
 
@@ -211,6 +214,8 @@ def why_not(name: str, experts: nn.Module) -> str | None:
         return "there are none here"
     if has_adapters(experts):
         return "they have LoRA adapters"
+    if is_own(name):
+        return None
     if name == "triton":
         from moe_lightning.experts.fused import can_fuse
 
@@ -266,13 +271,18 @@ def _rounded_up(number: int, step: int) -> int:
 def check_name(name: str) -> None:
     """Refuse what is no backend.
 
+    Args:
+        name: One of :data:`BACKEND_NAMES`, or the import path of a function that makes one.
+
     Raises:
         UsageError: If there is no backend of that name.
     """
-    if name not in BACKEND_NAMES:
+    if is_own(name):
+        import_maker(name)
+    elif name not in BACKEND_NAMES:
         raise UsageError(
             f"model.experts_backend={name!r} does not exist; choose from "
-            f"{', '.join(BACKEND_NAMES)}."
+            f"{', '.join(BACKEND_NAMES)}, or name a function of your own as MODULE.FUNCTION."
         )
 
 

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from moe_lightning.collectives import SharingRanks
 from moe_lightning.dispatch import Interleaver, LocalDispatcher, RoutingLog
 from moe_lightning.errors import UsageError
-from moe_lightning.experts import BackendName, ExpertShard
+from moe_lightning.experts import ExpertShard
 from moe_lightning.modeling.checkpoint import CheckpointView
 from moe_lightning.modeling.expert_rows import ExpertRows, expert_rows
 from moe_lightning.modeling.loading import load_model
@@ -54,7 +54,7 @@ class HostingOptions:
     """
 
     dtype: torch.dtype
-    experts_backend: BackendName
+    experts_backend: str
     log: RoutingLog
     packs_while_loading: bool = False
     is_training: bool = False
