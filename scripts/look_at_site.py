@@ -93,14 +93,11 @@ def measure(site: Path, pages: list[str], width: int) -> list[dict[str, object]]
         pages: Paths in it.
         width: In pixels. Frames are as narrow as a phone; windows cannot be.
     """
-    frames = "".join(
-        f'<iframe data-page="{page}" src="{page}" width="{width}" height="900" frameborder="0"></iframe>'
-        for page in map(html.escape, pages)
-    )
+    frames = "".join(_frame(page, width, 900) for page in pages)
     harness = site / "measure.html"
     harness.write_text(
-        f"<!doctype html><body>{frames}<script>addEventListener('load', () => setTimeout(() => {{{MEASURE}}}, 1500))"
-        "</script></body>"
+        f"<!doctype html><body>{frames}<script>addEventListener('load', () => "
+        f"setTimeout(() => {{{MEASURE}}}, 1500))</script></body>"
     )
     try:
         with served(site) as address:
@@ -112,12 +109,17 @@ def measure(site: Path, pages: list[str], width: int) -> list[dict[str, object]]
     return json.loads(html.unescape(measured[1]))
 
 
+def _frame(page: str, width: int, height: int) -> str:
+    source = html.escape(page)
+    size = f'width="{width}" height="{height}" frameborder="0"'
+    return f'<iframe data-page="{source}" src="{source}" {size}></iframe>'
+
+
 def take_picture(site: Path, page: str, width: int, to: Path, *, height: int = 1600) -> None:
     """Write a picture of the top of a page, in a frame of a width."""
     harness = site / "picture.html"
-    harness.write_text(
-        f'<!doctype html><body style="margin:0"><iframe src="{page}" width="{width}" height="{height}" frameborder="0">'
-    )
+    frame = _frame(page, width, height)
+    harness.write_text(f'<!doctype html><body style="margin:0">{frame}</body>')
     try:
         with served(site) as address:
             size = f"--window-size={max(width, 500)},{height}"

@@ -1,4 +1,4 @@
-"""Of the site's API reference (mkdocs.yml): cross-references of docstrings, as Markdown shows them."""
+"""Of the site's API reference (mkdocs.yml): names in docstrings as Markdown shows them."""
 
 import re
 from typing import Any

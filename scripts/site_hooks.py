@@ -1,7 +1,7 @@
-"""Hooks of mkdocs (mkdocs.yml): files of the repository that pages link to become files of the site.
+"""Hooks of mkdocs (mkdocs.yml): files of the repository that pages link to are files of the site.
 
-A page links to them as GitHub needs it, such as ``../configs/rpc.yaml``, which is outside of the
-site; here they move to where the link, one step shorter, finds them.
+A page links to them as a checkout needs it, such as ``../configs/rpc.yaml``, which is outside of
+the site; here they move to where the link, one step shorter, finds them.
 """
 
 import re

@@ -1,7 +1,7 @@
 """Runs a page's blocks in their order, in one folder, as somebody does who reads it.
 
-What a reader has and a test has not is put in its place: checkpoints, GPUs, other machines (tests/docs/
-stand_ins), time.
+What a reader has and a test has not is put in its place: checkpoints, GPUs, other machines
+(tests/docs/stand_ins), time.
 """
 
 import json
@@ -33,10 +33,14 @@ LANGUAGES = {"console", "python", "yaml", "json", "bash", "text", ""}
 # Commands that are not run here, and why.
 ELSEWHERE = {
     r"scripts/(demo|test)\.sh|\.ci/run": "they install, and run these tests",
-    r"(python )?scripts/(bench_\w+\.py|make_peer_environment\.sh)": "minutes; tests/scripts runs them small",
+    r"(python )?scripts/(bench_\w+\.py|make_peer_environment\.sh)": (
+        "minutes; tests/scripts runs them small"
+    ),
     r"scripts/train_demo\.sh": "18 minutes; tests/demo looks at what it made",
-    r"(python -m )?pip |git clone |cd |python3? -m venv |source ": "installation, which the tests' own is",
-    r"python -m mkdocs ": "tests/docs/test_site.py builds the site",
+    r"(python -m )?pip |git clone |cd |python3? -m venv |source ": (
+        "installs, as the tests' own environment was"
+    ),
+    r"python -m mkdocs |python scripts/look_at_site": "tests/docs/test_site.py does it",
 }
 # What takes ranks, each of which starts the program again: here, that would be pytest.
 OVER_RANKS = re.compile(
@@ -45,6 +49,7 @@ OVER_RANKS = re.compile(
 SHELL = re.compile(r"[|&;<>$`]|^\w+=")
 OUTSIDE = re.compile(r"\b(10\.0\.0\.\d+|192\.0\.2\.\d+|127\.0\.0\.1):(\d{4,5})\b")
 CONFIG_KEYS = {"model", "data", "trainer", "output_dir", "report", "optimizer", "lr_scheduler"}
+AS_IT_IS = Command(0, "", None)
 SHORT_FIT = "--trainer.max_steps 2 --trainer.val_check_interval 2"
 PROMPTS = ["To be, or not", "The king", "Once more unto the breach"]
 
@@ -103,9 +108,7 @@ class PageRun:
             case "bash":
                 subprocess.run(["bash", "-n"], input=block.text, text=True, check=True)
                 if not self._is_run_later(block):
-                    self._expect(
-                        Command(block.line, block.text, None), self._in_a_shell(block.text)
-                    )
+                    self._expect(AS_IT_IS, self._in_a_shell(block.text))
             case "text" | "":
                 assert not re.search(r"^\$ ", block.text, re.MULTILINE), "commands are `console`"
             case other:
@@ -204,7 +207,6 @@ class PageRun:
             "OMP_NUM_THREADS": "1",
             "TESTS_PYTHON": sys.executable,
             "TESTS_PORT": str(_free_port()),
-            "SHORT_PREDICT": "--data.limit_rows 4",
         }
 
     def _start(self, text: str) -> None:
@@ -226,10 +228,7 @@ class PageRun:
         if OVER_RANKS.search(block.text):
             script = self._folder / (block.title or f"block_{block.line}.py")
             script.write_text(block.text)
-            self._expect(
-                Command(block.line, "", None),
-                self._in_a_shell(f"python {shlex.quote(str(script))}"),
-            )
+            self._expect(AS_IT_IS, self._in_a_shell(f"python {shlex.quote(str(script))}"))
             return
         code = compile("\n" * (block.line - 1) + block.text, str(self._page.path), "exec")
         with warnings.catch_warnings():

@@ -7,7 +7,7 @@ from page_run import PageRun
 
 
 @pytest.mark.parametrize("name", all_pages())
-def test_page_runs_in_its_order(name, tmp_path, monkeypatch, capfd, made, own_checkpoint):
+def test_page_runs_in_its_order(name, tmp_path, monkeypatch, capfd, made, family_checkpoint):
     folder = tmp_path / "page"
     folder.mkdir()
     monkeypatch.chdir(folder)
@@ -17,7 +17,11 @@ def test_page_runs_in_its_order(name, tmp_path, monkeypatch, capfd, made, own_ch
         return captured.out + captured.err
 
     run = PageRun(
-        Page(name), folder=folder, checkpoint=own_checkpoint, made=made, read_output=read_output
+        Page(name),
+        folder=folder,
+        checkpoint=family_checkpoint("mixtral"),
+        made=made,
+        read_output=read_output,
     )
     wrong = []
     try:

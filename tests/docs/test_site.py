@@ -1,4 +1,4 @@
-"""The site builds without a warning, needs no other host, has every public name, and fits a phone."""
+"""The site builds without a warning, needs no other host, has all public names, fits a phone."""
 
 import re
 import subprocess
