@@ -31,7 +31,7 @@ def draw(path: Path, results: Sequence[Result]) -> None:
     for axes, phase in zip(speed[:2], ("prefill", "decode"), strict=True):
         key = f"{phase}_tokens_per_s"
         values = [result.median(key) or 0.0 for result in results]
-        spans = [result.values(key) for result in results]
+        spans = [result.values(key) or [0.0] for result in results]
         below = [v - min(s) for v, s in zip(values, spans, strict=True)]
         above = [max(s) - v for v, s in zip(values, spans, strict=True)]
         axes.barh(places, values, color="#5b7fa6", height=0.7)

@@ -46,14 +46,17 @@ def run_watched(
     peaks: dict[int, int] = {}
     with open(log, "wb") as out:
         started_s = time.monotonic()
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=out,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-            env=dict(environment),
-        )
+        try:
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                env=dict(environment),
+            )
+        except OSError as error:
+            return Ran(started_s, f"it cannot be started: {error}", ())
         try:
             while process.poll() is None and time.monotonic() - started_s < limit_s:
                 _look(process.pid, peaks)

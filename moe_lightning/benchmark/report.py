@@ -1,6 +1,7 @@
 """What is printed and saved of a benchmark: tables, and all numbers."""
 
 import json
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -149,7 +150,9 @@ class Report:
 
 
 def _with_spread(values: Sequence[float]) -> str:
-    middle = sorted(values)[len(values) // 2] if len(values) % 2 else sum(values) / len(values)
+    if not values:
+        return "-"
+    middle = statistics.median(values)
     text = f"{middle:,.0f}"
     if len(values) > 1:
         text += f" ± {50 * (max(values) - min(values)) / max(middle, 1e-9):.0f} %"

@@ -175,16 +175,16 @@ def _numbers(ran: Ran, ranks: Sequence[Mapping[str, Any]], workload: Workload) -
 
     first_s = min(min(p["begin_s"] for p in phase.values()) for phase in phases)
     prefill_s, both_s = seconds("prefill"), seconds("decode")
-    decode_s = max(both_s - prefill_s, 1e-9)
     numbers = {
         "startup_s": first_s - ran.started_s,
         "prefill_tokens_per_s": workload.prompt_tokens / prefill_s,
-        "decode_tokens_per_s": workload.decode_tokens / decode_s,
         "tokens_per_s": workload.num_tokens / both_s,
         "peak_bytes": float(max(ran.peak_bytes, default=0)),
         "all_bytes": float(sum(ran.peak_bytes)),
         "num_processes": float(len(ran.peak_bytes)),
     }
+    if both_s > prefill_s:  # otherwise something else had the machine
+        numbers["decode_tokens_per_s"] = workload.decode_tokens / (both_s - prefill_s)
     if any(rank["device_bytes"] for rank in ranks):
         numbers["device_bytes"] = float(max(rank["device_bytes"] for rank in ranks))
     numbers |= _layers(phases, workload)

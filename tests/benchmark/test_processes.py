@@ -46,5 +46,9 @@ def test_who_takes_too_long_is_ended_with_all_that_it_started(tmp_path):
 def test_why_it_failed_is_said(tmp_path):
     ran, _ = run("print('begin'); raise ValueError('no such layer')", tmp_path)
     assert ran.why_not == "exit code 1: ValueError: no such layer"
+    log = tmp_path / "log.txt"
+    ran = run_watched(["/absent/python"], log, limit_s=1.0, environment=os.environ)
+    assert "cannot be started" in ran.why_not
+    assert "/absent/python" in ran.why_not
     ran, _ = run("import os; os._exit(3)", tmp_path)
     assert ran.why_not == "exit code 3: it said nothing"
