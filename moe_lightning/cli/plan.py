@@ -16,7 +16,7 @@ from moe_lightning.modeling.precision import DtypeName, choose_dtype
 from moe_lightning.placement.cluster import Cluster, in_gb, parse_cluster
 from moe_lightning.placement.estimates import Estimate, estimate
 from moe_lightning.placement.footprint import HEADROOM, ModelSizes
-from moe_lightning.placement.traffic import DECODE_TOKENS, PREFILL_TOKENS
+from moe_lightning.placement.workload import DECODE_TOKENS, PREFILL_TOKENS
 from moe_lightning.strategies.selection import Choice, select
 from moe_lightning.strategies.surroundings import look_around, this_machine
 

@@ -10,12 +10,13 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from moe_lightning.errors import CheckpointError
-from moe_lightning.experts.backends import bytes_of_experts
+from moe_lightning.experts.backends import bytes_of_experts, bytes_per_weight
 from moe_lightning.experts.packed import projections
 from moe_lightning.modeling.checkpoint import open_checkpoint
 from moe_lightning.modeling.loading import build_on_meta
 from moe_lightning.modeling.seam import MoELayer, find_moe_layers
-from moe_lightning.placement.footprint import LayerSizes, ModelSizes
+from moe_lightning.modeling.sharding import tensor_parallel_styles
+from moe_lightning.placement.footprint import LayerSizes, ModelSizes, TensorParallelPlan
 
 
 def read_config(name: str) -> PreTrainedConfig:
@@ -106,6 +107,8 @@ def measure(
         adapter_bytes=None
         if lora_rank is None
         else dtype.itemsize * _num_adapter_weights(model, list(moe_layers.values()), lora_rank),
+        tensor_parallel=_tensor_parallel(model, list(moe_layers.values())),
+        expert_itemsize=bytes_per_weight(experts_backend, dtype, device_type),
     )
 
 
@@ -124,6 +127,31 @@ def _top_k(config: PreTrainedConfig) -> int:
     raise CheckpointError(
         f"the config of {config.model_type} does not say to how many experts a token goes "
         "(num_experts_per_tok)."
+    )
+
+
+def _tensor_parallel(
+    model: PreTrainedModel, moe_layers: list[MoELayer]
+) -> TensorParallelPlan | None:
+    styles = tensor_parallel_styles(model)
+    if not any(layer.name in styles for layer in moe_layers):
+        return None
+    num_sums = 0
+    cut: set[int] = set()
+    for name, module in model.named_modules():
+        style = styles.get(name, "")
+        is_matrix = isinstance(module, nn.Linear | nn.Embedding)
+        num_sums += style == "moe_tp_experts" or (is_matrix and "rowwise" in style)
+        for own, parameter in module.named_parameters(recurse=False):
+            how = styles.get(f"{name}.{own}", style)
+            is_cut = "wise" in how and not (own == "bias" and "rowwise" in how)
+            if is_cut:
+                cut.add(id(parameter))
+    head = model.get_output_embeddings()
+    return TensorParallelPlan(
+        whole_bytes=sum(_bytes(p) for p in model.parameters() if id(p) not in cut),
+        num_sums=num_sums,
+        gathers_logits=head is not None and id(head.weight) in cut,
     )
 
 

@@ -31,6 +31,7 @@ from transformers.distributed.utils import TransformersDeviceMesh
 from moe_lightning.collectives import RankGroup, SharingRanks
 from moe_lightning.errors import CheckpointError
 from moe_lightning.modeling.pipeline import split_into_stages
+from moe_lightning.modeling.quiet import without_warnings
 from moe_lightning.modeling.seam import MoELayer, find_moe_layers
 
 DENSE_AXES = ("pp", "dp_replicate", "fsdp", "tp")
@@ -237,6 +238,22 @@ def _plans(
             "so every rank would hold all of them. Use the strategy moe_ep or moe_fsdp."
         )
     return tp_plan, fsdp_plan
+
+
+def tensor_parallel_styles(model: PreTrainedModel) -> dict[str, str]:
+    """How the family cuts its modules and parameters for tensor parallelism, by their names; empty
+    if it has no plan.
+
+    Args:
+        model: The model, on meta.
+    """
+    config = DistributedConfig(tp_size=2)
+    try:
+        with without_warnings():  # about rules for layers that this model does not have
+            styles, _, _ = model._resolve_parallel_plans(config)
+    except ValueError:
+        return {}
+    return dict(styles)
 
 
 def is_sharded(tensor: torch.Tensor) -> bool:

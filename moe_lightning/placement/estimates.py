@@ -1,68 +1,29 @@
-"""Estimate: what one strategy needs on some devices, and whether it fits. No torch.
-
-:func:`estimate` makes the table behind the strategy ``moe_auto`` and the verb ``plan``.
-"""
+"""What every strategy needs: the table behind ``moe_auto`` and ``plan``. No torch."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 
 from moe_lightning.placement import footprint, traffic
 from moe_lightning.placement.cluster import Cluster, in_gb, room_of
+from moe_lightning.placement.estimate import TOO_MUCH, Estimate
 from moe_lightning.placement.footprint import ModelSizes
-from moe_lightning.placement.traffic import DECODE_TOKENS, PREFILL_TOKENS
+from moe_lightning.placement.speeds import Rates, Spread, tokens_per_s
+from moe_lightning.placement.visits import GPU_SELECTS_FROM, visits
+from moe_lightning.placement.workload import Workload
 
-TOO_MUCH = "too much"
 FEW_DEVICES = 8  # as many as one process is to drive
-Options = Mapping[str, int | str | list[str]]
-
-
-@dataclass(frozen=True, slots=True)
-class Estimate:
-    """What one strategy needs.
-
-    Attributes:
-        name: What ``--trainer.strategy`` calls it.
-        options: Its options, where they are not the defaults.
-        device_bytes: Weights on the fullest device, in training with gradients and optimizer.
-        bytes_per_token: What travels for a token and layer: when decoding, when reading prompts; in
-            training, in both places, for a step.
-        why_not: Why it cannot be used; empty if it can.
-    """
-
-    name: str
-    device_bytes: int
-    options: Options = field(default_factory=dict)
-    bytes_per_token: tuple[float, float] = (0.0, 0.0)
-    why_not: str = ""
-
-    @property
-    def fits(self) -> bool:
-        """Whether it can be used."""
-        return not self.why_not
-
-    @property
-    def is_too_large(self) -> bool:
-        """Whether it cannot be used for nothing but its size."""
-        return self.why_not.endswith(TOO_MUCH)
-
-    @property
-    def label(self) -> str:
-        """Name and options, for a table."""
-        words = [f"{name}={_short(value)}" for name, value in self.options.items()]
-        return " ".join([self.name, *words])
-
-    @property
-    def command(self) -> str:
-        """Name and options, for a command line."""
-        words = [f"--trainer.strategy {self.name}"]
-        for name, value in self.options.items():
-            text = f'"[{",".join(value)}]"' if isinstance(value, list) else value
-            words.append(f"--trainer.strategy.{name} {text}")
-        return " ".join(words)
+_USUAL = Workload()
+__all__ = ["Estimate", "estimate"]
 
 
 def estimate(
-    sizes: ModelSizes, cluster: Cluster, *, training: bool = False, is_mixed: bool = False
+    sizes: ModelSizes,
+    cluster: Cluster,
+    *,
+    training: bool = False,
+    is_mixed: bool = False,
+    workload: Workload = _USUAL,
+    rates: Rates | None = None,
 ) -> dict[str, Estimate]:
     """What every strategy needs.
 
@@ -71,11 +32,16 @@ def estimate(
         cluster: The devices.
         training: Whether it trains, with AdamW.
         is_mixed: Whether training computes in half precision on float32 weights.
+        workload: What a step is, and how its rows are routed.
+        rates: What the devices can do; None predicts no speeds.
 
     Returns:
         The estimates by a short name each, those of strategies that train if it does.
+
+    Raises:
+        UsageError: If the recorded routing is of another model.
     """
-    table = _Table(sizes, cluster, training, is_mixed)
+    table = _Table(sizes, cluster, training, is_mixed, workload, rates)
     rows = {"single": table.single(), "ddp": table.ddp()}
     if not training:
         rows |= {"copies": table.copies(), "placement": table.placement(), "rpc": table.rpc()}
@@ -96,19 +62,22 @@ class _Table:
     cluster: Cluster
     training: bool
     is_mixed: bool
+    workload: Workload
+    rates: Rates | None
 
     def single(self) -> Estimate:
         need = footprint.copy_bytes(self.sizes, training=self.training, is_mixed=self.is_mixed)
-        return self._checked(Estimate("auto", need))
+        return self._checked(Estimate("auto", need), Spread())
 
     def ddp(self) -> Estimate:
         ranks = self.cluster.num_devices
         need = footprint.copy_bytes(
             self.sizes, training=self.training, is_mixed=self.is_mixed, is_ddp=True
         )
-        step = traffic.gradient_traffic(self.sizes, PREFILL_TOKENS, ranks)
+        step = traffic.gradient_traffic(self.sizes, self.workload.prefill_tokens, ranks)
         sent = step if self.training else 0.0
-        return self._checked(Estimate("ddp", need, bytes_per_token=(sent, sent)), several=True)
+        made = Estimate("ddp", need, bytes_per_token=(sent, sent))
+        return self._checked(made, Spread(ranks, rounds=int(self.training)), several=True)
 
     def copies(self) -> Estimate:
         """As ddp, for inference: ranks need nothing from one another, and batches are shared out
@@ -116,9 +85,8 @@ class _Table:
         ranks = self.cluster.num_devices
         options: dict[str, int | str | list[str]] = {"fsdp_size": 1, "dense": "replicated"}
         options["dp_replicate_size"] = ranks
-        return self._checked(
-            Estimate("moe_fsdp", footprint.copy_bytes(self.sizes), options), several=True
-        )
+        made = Estimate("moe_fsdp", footprint.copy_bytes(self.sizes), options)
+        return self._checked(made, Spread(ranks), several=True)
 
     def placement(self) -> Estimate:
         """On the GPUs of one machine; with its CPU as well if they are too small."""
@@ -132,22 +100,34 @@ class _Table:
             on_all = footprint.placed_bytes(self.sizes, with_host)
             if all(n <= r for n, r in zip(on_all, with_host, strict=True)):
                 needed, slots = on_all[:-1], [*slots, "cpu"]
-        row = traffic.row_traffic(self.sizes, len(slots), has_home=True)
-        made = Estimate("moe_placement", max(needed), {"slots": slots}, (row, row))
+        seen = visits(self.sizes, len(slots), self.workload.routing)
+        rows = traffic.placement_traffic(self.sizes, seen)
+        every = traffic.placement_traffic(self.sizes, [1.0] * len(slots))
+        is_small = has_gpus and self.workload.decode_tokens < GPU_SELECTS_FROM
+        sent = (every if is_small else rows, rows)
+        made = Estimate("moe_placement", max(needed), {"slots": slots}, sent)
         if len(slots) < 2:
             why_not = "one device: nothing to place"
         elif number > FEW_DEVICES:
             why_not = f"more than {FEW_DEVICES} devices for one process"
         else:
             why_not = ""
-        return self._checked(made, why_not)
+        spread = Spread(expert_parts=len(slots), rounds=2 * self._num_moe)
+        # A host's CPU beside GPUs has other rates, which nobody has measured.
+        return self._checked(made, spread if len(slots) == number else None, why_not)
 
     def rpc(self) -> Estimate:
         workers = max(1, self.cluster.num_devices - 1)
-        row = traffic.row_traffic(self.sizes, workers, has_home=False)
+        seen = visits(self.sizes, workers, self.workload.routing)
+        decode, prefill = (
+            traffic.rpc_traffic(self.sizes, seen, tokens)
+            for tokens in (self.workload.decode_tokens, self.workload.prefill_tokens)
+        )
         master, worker = footprint.rpc_bytes(self.sizes, workers)
         need = max(master, worker) if self.cluster.num_devices > 1 else master + worker
-        return self._checked(Estimate("moe_rpc", need, bytes_per_token=(row, row)), several=True)
+        made = Estimate("moe_rpc", need, bytes_per_token=(decode, prefill))
+        spread = Spread(expert_parts=workers, rounds=2 * self._num_moe)
+        return self._checked(made, spread, several=True)
 
     def fsdp(self) -> Estimate:
         return self._sharded("moe_fsdp", {}, ep=1)
@@ -192,7 +172,8 @@ class _Table:
         )
         rows = 0.0
         if ep > 1:
-            rows = traffic.row_traffic(self.sizes, ep, has_home=True, training=self.training)
+            seen = visits(self.sizes, ep, self.workload.routing)
+            rows = traffic.exchange_traffic(self.sizes, seen, training=self.training)
         decode, prefill = (
             rows
             + traffic.weight_traffic(
@@ -203,21 +184,39 @@ class _Table:
                 shards_dense=shards_dense,
                 training=self.training,
             )
-            for tokens in (DECODE_TOKENS, PREFILL_TOKENS)
+            for tokens in (self.workload.decode_tokens, self.workload.prefill_tokens)
         )
         sent = (prefill if self.training else decode, prefill)
-        return self._checked(Estimate(name, need, {**options}, sent), why_not, several=True)
+        gathers = len(self.sizes.layers) if shards_dense or ep < ranks else 0
+        rounds = gathers + (3 * self._num_moe if ep > 1 else 0)  # numbers of rows, rows, sums
+        spread = Spread(
+            ranks,
+            expert_parts=ep,
+            met=ep,
+            rounds=rounds,
+            near_bytes=rows * len(self.sizes.layers),
+        )
+        return self._checked(Estimate(name, need, {**options}, sent), spread, why_not, several=True)
 
     def tensor_parallel(self) -> Estimate:
-        ranks = self.cluster.num_devices
+        ranks, plan = self.cluster.num_devices, self.sizes.tensor_parallel
         need = footprint.tensor_parallel_bytes(
             self.sizes, ranks, training=self.training, is_mixed=self.is_mixed
         )
-        sent = traffic.tensor_parallel_traffic(self.sizes, ranks, training=self.training)
+        decode, prefill = (
+            traffic.tensor_parallel_traffic(
+                self.sizes, ranks, makes_logits=makes_logits, training=self.training
+            )
+            for makes_logits in (True, self.training)
+        )
         odd = [number for number in self.sizes.num_heads if number % ranks]
         why_not = f"{ranks} ranks do not divide {odd[0]} heads of attention" if odd else ""
-        made = Estimate("moe_tp", need, bytes_per_token=(sent, sent))
-        return self._checked(made, why_not, several=True)
+        if plan is None:
+            why_not = "the family has no plan for it"
+        made = Estimate("moe_tp", need, bytes_per_token=(decode, prefill))
+        rounds = 0 if plan is None else 2 * (ranks - 1) * plan.num_sums
+        spread = Spread(1, ranks, ranks, rounds=rounds)
+        return self._checked(made, spread, why_not, several=True)
 
     def pipeline(self) -> Estimate:
         stages, layers = self.cluster.num_devices, len(self.sizes.layers)
@@ -225,20 +224,46 @@ class _Table:
         sent = traffic.pipeline_traffic(self.sizes, stages)
         why_not = f"more ranks than the {layers} layers" if stages > layers else ""
         made = Estimate("moe_pp", need, bytes_per_token=(sent, sent))
-        return self._checked(made, why_not, several=True)
+        return self._checked(made, Spread(rounds=stages), why_not, several=True)
 
-    def _checked(self, made: Estimate, why_not: str = "", *, several: bool = False) -> Estimate:
-        """The estimate with the first reason why it cannot be used."""
+    @property
+    def _num_moe(self) -> int:
+        return len(self.sizes.experts_by_layer)
+
+    def _checked(
+        self, made: Estimate, spread: Spread | None, why_not: str = "", *, several: bool = False
+    ) -> Estimate:
+        """The estimate with the first reason why it cannot be used, or else its speeds."""
         too_much = made.device_bytes - self.cluster.room_bytes
         if several and self.cluster.num_devices == 1:
             why_not = "one device only"
         elif too_much > 0 and not why_not:
             why_not = f"{in_gb(too_much)} {TOO_MUCH}"
-        return Estimate(made.name, made.device_bytes, made.options, made.bytes_per_token, why_not)
+        if why_not or self.rates is None or spread is None:
+            return replace(made, why_not=why_not)
+        return replace(made, tokens_per_s=self._speeds(made, spread, self.rates))
 
-
-def _short(value: int | str | list[str]) -> str:
-    if not isinstance(value, list):
-        return str(value)
-    shown = value if len(value) < 4 else [value[0], "...", value[-1]]
-    return f"[{','.join(shown)}]"
+    def _speeds(
+        self, made: Estimate, spread: Spread, rates: Rates
+    ) -> tuple[float | None, float | None]:
+        tokens = self.workload.decode_tokens, self.workload.prefill_tokens
+        if self.training:
+            tokens = tokens[1], tokens[1]
+        speeds = []
+        for number, travels, is_decode in zip(
+            tokens, made.bytes_per_token, (True, False), strict=True
+        ):
+            # A token's bytes come to the busiest device, or to all that share its layers alike.
+            total = travels * len(self.sizes.layers) / spread.dense_parts
+            speeds.append(
+                tokens_per_s(
+                    self.sizes,
+                    self.cluster,
+                    rates,
+                    replace(spread, far_bytes=max(0.0, total - spread.near_bytes)),
+                    number,
+                    makes_logits=is_decode or self.training,
+                    training=self.training,
+                )
+            )
+        return speeds[0], speeds[1]

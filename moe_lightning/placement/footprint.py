@@ -5,13 +5,16 @@
     rpc:         master: dense layers              workers: experts
     fsdp:        1/R of everything + the largest layer, gathered while it computes
     ep:          dense layers whole (inference) or 1/R of them (training) + experts / ep
-    tp, pp:      a part of every layer, or some layers
+    tp:          a part of what the family's plan cuts + the rest, such as routers
+    pp:          some layers, and the output embedding
 
 Caches and activations are not counted: ``HEADROOM`` of a device is kept free for them.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+from moe_lightning.placement.policies import linear
 
 HEADROOM = 0.1
 STATES_PER_WEIGHT = 3  # the gradient and AdamW's two averages, in the dtype of the weight
@@ -38,6 +41,21 @@ class LayerSizes:
 
 
 @dataclass(frozen=True, slots=True)
+class TensorParallelPlan:
+    """What a family's plan for tensor parallelism does to a model.
+
+    Attributes:
+        whole_bytes: What every rank holds whole, such as routers and norms.
+        num_sums: Rows of all tokens that are added up over the ranks in a forward.
+        gathers_logits: Whether each rank makes a part of the logits, which are then gathered.
+    """
+
+    whole_bytes: int
+    num_sums: int
+    gathers_logits: bool = True
+
+
+@dataclass(frozen=True, slots=True)
 class ModelSizes:
     """A model, in the dtype that it is going to have.
 
@@ -53,6 +71,8 @@ class ModelSizes:
         num_heads: Attention's numbers of heads, which tensor parallelism has to divide.
         adapter_bytes: Weights that LoRA would add, if it is asked for; these train then, and
             nothing else does.
+        tensor_parallel: What tensor parallelism does; None if the family has no plan for it.
+        expert_itemsize: Bytes of an expert's weight; 0 is as in the dense layers.
     """
 
     name: str
@@ -65,6 +85,23 @@ class ModelSizes:
     top_k: int
     num_heads: tuple[int, ...]
     adapter_bytes: int | None = None
+    tensor_parallel: TensorParallelPlan | None = None
+    expert_itemsize: int = 0
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of a number in a row."""
+        return {"float64": 8, "float32": 4}.get(self.dtype, 2)
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens that there are."""
+        return self.embedding_bytes // self.row_bytes
+
+    @property
+    def experts_by_layer(self) -> dict[int, int]:
+        """Experts of each MoE layer."""
+        return {n: layer.num_experts for n, layer in enumerate(self.layers) if layer.num_experts}
 
     @property
     def outside_bytes(self) -> int:
@@ -98,11 +135,15 @@ class ModelSizes:
 
 
 def experts_share_bytes(sizes: ModelSizes, num_ranks: int) -> int:
-    """Bytes of experts on the rank that has most, when ranks share them in whole experts."""
-    return sum(
-        _ceil(layer.num_experts, num_ranks) * layer.expert_bytes // layer.num_experts
-        for layer in sizes.layers
-        if layer.num_experts
+    """Bytes of experts on the rank that has most, when ranks share them by the policy linear."""
+    placement = linear(sizes.experts_by_layer, num_ranks)
+    return max(
+        sum(
+            len(placement.experts_of(rank, number)) * layer.expert_bytes // layer.num_experts
+            for number, layer in enumerate(sizes.layers)
+            if layer.num_experts
+        )
+        for rank in range(num_ranks)
     )
 
 
@@ -180,12 +221,16 @@ def sharded_bytes(
         is_mixed: Whether gathered layers are in half precision on float32 shards.
     """
     dense = _ceil(sizes.dense_bytes, fsdp) if shards_dense else sizes.dense_bytes
-    # FSDP cuts an expert's parameters between experts, so ranks beyond their number get none.
-    experts = sum(
-        _ceil(_ceil(layer.num_experts, ep), fsdp // ep) * layer.expert_bytes // layer.num_experts
-        for layer in sizes.layers
-        if layer.num_experts
-    )
+    if fsdp == ep:
+        experts = experts_share_bytes(sizes, ep)
+    else:
+        # FSDP cuts experts' parameters between experts, so ranks beyond their number get none.
+        experts = sum(
+            _ceil(_ceil(layer.num_experts, ep), fsdp // ep)
+            * (layer.expert_bytes // layer.num_experts)
+            for layer in sizes.layers
+            if layer.num_experts
+        )
     shard = dense + experts
     if training:
         adapters = _ceil(sizes.adapter_bytes or 0, fsdp)
@@ -206,7 +251,8 @@ def _gathered_bytes(sizes: ModelSizes, *, fsdp: int, ep: int, shards_dense: bool
     units = [0]
     for layer in sizes.layers:
         here = layer.dense_bytes if shards_dense else 0
-        if layer.num_experts and fsdp > ep:
+        # Even of experts that no other rank shares, FSDP makes a copy to compute with.
+        if layer.num_experts and (shards_dense or fsdp > ep):
             here += _ceil(layer.num_experts, ep) * layer.expert_bytes // layer.num_experts
         units.append(here)
     if not shards_dense:
@@ -219,12 +265,9 @@ def _gathered_bytes(sizes: ModelSizes, *, fsdp: int, ep: int, shards_dense: bool
 def tensor_parallel_bytes(
     sizes: ModelSizes, tp: int, *, training: bool = False, is_mixed: bool = False
 ) -> int:
-    """Bytes of a rank under tensor parallelism: a part of every layer, and the input embedding.
-
-    Routers and norms, which every rank has, are counted as if they were cut as well.
-    """
-    layers = sum(layer.num_bytes for layer in sizes.layers)
-    part = sizes.embedding_bytes + sizes.other_bytes + _ceil(layers + sizes.head_bytes, tp)
+    """Bytes of a rank under tensor parallelism."""
+    whole = 0 if sizes.tensor_parallel is None else sizes.tensor_parallel.whole_bytes
+    part = whole + _ceil(sizes.num_bytes - whole, tp)
     if not training:
         return part
     adapters = _ceil(sizes.adapter_bytes or 0, tp)

@@ -12,7 +12,7 @@ from moe_lightning.modeling.loading import build_on_meta
 from moe_lightning.modeling.model_sizes import measure, read_config
 from moe_lightning.placement import footprint, traffic
 from moe_lightning.placement.cluster import Cluster, in_gb, parse_cluster
-from moe_lightning.placement.footprint import LayerSizes, ModelSizes
+from moe_lightning.placement.footprint import LayerSizes, ModelSizes, TensorParallelPlan
 
 # A dense layer, then one with four experts of 20 bytes. 95 bytes of dense weights in all.
 SIZES = ModelSizes(
@@ -25,6 +25,7 @@ SIZES = ModelSizes(
     other_bytes=5,
     top_k=2,
     num_heads=(4, 2),
+    tensor_parallel=TensorParallelPlan(whole_bytes=35, num_sums=4),
 )
 WITH_LORA = replace(SIZES, adapter_bytes=4)
 TIED = replace(SIZES, head_bytes=0)
@@ -81,8 +82,8 @@ def test_workers_hold_whole_experts() -> None:
         (TIED, {"fsdp": 2}, 33 + 40 + 30 + 100),
         # Eight ranks, four experts: some ranks have one, others none.
         (SIZES, {"fsdp": 8}, 12 + 20 + 30 + 100),
-        # Experts stay where they are, and the embedding is larger than a layer's rest.
-        (SIZES, {"fsdp": 2, "ep": 2}, 48 + 40 + 30 + 30),
+        # Experts stay where they are, but a layer of FSDP is copied to compute with.
+        (SIZES, {"fsdp": 2, "ep": 2}, 48 + 40 + 30 + 60),
         (SIZES, {"fsdp": 2, "ep": 2, "shards_dense": False}, 95 + 40),
         # Two experts are shared by two ranks and gathered.
         (SIZES, {"fsdp": 4, "ep": 2, "shards_dense": False}, 95 + 20 + 40),
@@ -94,6 +95,12 @@ def test_workers_hold_whole_experts() -> None:
 )
 def test_shares_of_fsdp_and_expert_parallelism(sizes, options, want) -> None:
     assert footprint.sharded_bytes(sizes, **options) == want
+
+
+def test_experts_that_cannot_be_shared_evenly_are_so_over_the_layers() -> None:
+    uneven = replace(SIZES, layers=(LayerSizes(0, 50, 5), LayerSizes(0, 50, 5)))
+    assert footprint.rpc_bytes(uneven, 2) == (65, 50)  # 3 and 2 of them, then 2 and 3
+    assert footprint.sharded_bytes(uneven, fsdp=2, ep=2, shards_dense=False) == 65 + 50
 
 
 def test_parts_of_tensor_parallelism() -> None:
@@ -112,33 +119,42 @@ def test_the_fullest_pipeline_stage() -> None:
 # Bytes that travel.
 
 
+def test_what_goes_with_a_row() -> None:
+    # There: 8 bytes, two experts and two float32 weights; back: 8 bytes.
+    assert traffic.row_to_slot(SIZES) == 8 + 2 * 8 + 2 * 4 + 8
+    assert traffic.row_to_worker(SIZES) == 8 + 2 * 2 + 2 * 4 + 8
+    assert traffic.row_to_rank(SIZES) == 32 + 8  # 8 + 2 * 4 + 2 * 4, in steps of 16
+
+
 def test_a_row_goes_once_to_each_slot_that_has_experts_for_it() -> None:
-    # Two experts on two slots: the same one half of the time. Half of the layers have experts.
-    assert traffic.row_traffic(SIZES, 2, has_home=False) == 1.5 * 8 * 2 / 2
-    assert traffic.row_traffic(SIZES, 2, has_home=True) == 0.75 * 8 * 2 / 2
-    assert traffic.row_traffic(SIZES, 2, has_home=True, training=True) == 0.75 * 8 * 4 / 2
-    assert traffic.row_traffic(SIZES, 1, has_home=True) == 0
-
-
-@pytest.mark.parametrize(("num_slots", "saving"), [(2, 4.0), (4, 2.2), (8, 1.5), (16, 1.24)])
-def test_what_sending_a_row_once_per_slot_saves(num_slots, saving) -> None:
-    # Against a copy for each of 8 experts; the published figures have two digits.
-    assert 8 / traffic.slots_of_row(num_slots, 8) == pytest.approx(saving, rel=0.02)
+    # Half of the layers have experts.
+    assert traffic.placement_traffic(SIZES, [0.9, 0.5, 0.25]) == 0.75 * 40 / 2
+    assert traffic.rpc_traffic(SIZES, [0.5, 0.25], 11) == (0.75 * 28 + 2 * 44 / 11) / 2
+    assert traffic.exchange_traffic(SIZES, [0.8, 0.7]) == 1.5 / 2 * 40 / 2
+    assert traffic.exchange_traffic(SIZES, [0.8, 0.7], training=True) == 1.5 * 40 / 2
+    assert traffic.placement_traffic(SIZES, [1.0]) == 0
 
 
 def test_fsdp_gathers_the_weights_of_a_step() -> None:
-    # (10 + 20 of dense layers + 80) * 1/2, over two layers and ten tokens.
-    assert traffic.weight_traffic(SIZES, 10, fsdp=2) == 110 / 2 / 10 / 2
-    assert traffic.weight_traffic(SIZES, 10, fsdp=2, training=True) == 3 * 110 / 2 / 10 / 2
-    assert traffic.weight_traffic(WITH_LORA, 10, fsdp=2, training=True) == 2 * 110 / 2 / 10 / 2
-    assert traffic.weight_traffic(SIZES, 10, fsdp=2, ep=2) == 30 / 2 / 10 / 2
+    # 10 + 20 of dense layers, 80 of experts and the embedding's 30, half of which come from the
+    # other rank; over two layers and ten tokens. The head and the last norm stay.
+    assert traffic.weight_traffic(SIZES, 10, fsdp=2) == 140 / 2 / 10 / 2
+    assert traffic.weight_traffic(TIED, 10, fsdp=2) == 110 / 2 / 10 / 2
+    step = 3 * 140 + 2 * 35
+    assert traffic.weight_traffic(SIZES, 10, fsdp=2, training=True) == step / 2 / 10 / 2
+    step = 2 * 140 + 35
+    assert traffic.weight_traffic(WITH_LORA, 10, fsdp=2, training=True) == step / 2 / 10 / 2
+    assert traffic.weight_traffic(SIZES, 10, fsdp=2, ep=2) == 60 / 2 / 10 / 2
     assert traffic.weight_traffic(SIZES, 10, fsdp=2, ep=2, shards_dense=False) == 0
+    # Of four experts three ranks gather six, with two of zeros.
+    alone = replace(TIED, layers=(LayerSizes(0, 80, 4),))
+    assert traffic.weight_traffic(alone, 10, fsdp=3) == pytest.approx(6 * 20 * 2 / 3 / 10)
 
 
 def test_fsdp_of_a_published_model_moves_what_is_known_of_it() -> None:
     # Qwen3-30B-A3B's experts in bfloat16 on 8 GPUs: 152 GB for a step, whatever its tokens.
     layer = LayerSizes(0, 128 * 3 * 2048 * 768 * 2, 128)
-    sizes = replace(SIZES, layers=(layer,) * 48)
+    sizes = replace(SIZES, layers=(layer,) * 48, embedding_bytes=0, head_bytes=0, other_bytes=0)
     step = 48 * traffic.weight_traffic(sizes, 1, fsdp=8, training=True)
     assert step / 1e9 == pytest.approx(152.2, abs=0.1)
 
@@ -146,8 +162,10 @@ def test_fsdp_of_a_published_model_moves_what_is_known_of_it() -> None:
 def test_sums_over_ranks() -> None:
     assert traffic.gradient_traffic(SIZES, 10, 2) == 2 * 175 / 2 / 10 / 2
     assert traffic.gradient_traffic(WITH_LORA, 10, 2) == 2 * 4 / 2 / 10 / 2
-    assert traffic.tensor_parallel_traffic(SIZES, 2) == 2 * 2 * 8
-    assert traffic.tensor_parallel_traffic(SIZES, 1) == 0
+    # Four sums of 8 bytes, to the ring and back; 3 logits of float32 for the one embedding's rows.
+    assert traffic.tensor_parallel_traffic(SIZES, 2, makes_logits=False) == 4 * 2 * 8 / 2
+    assert traffic.tensor_parallel_traffic(SIZES, 2, makes_logits=True) == (4 * 2 * 8 + 3 * 4) / 2
+    assert traffic.tensor_parallel_traffic(SIZES, 1, makes_logits=True) == 0
     assert traffic.pipeline_traffic(SIZES, 2) == 2 * 8 / 2
 
 

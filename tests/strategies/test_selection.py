@@ -13,7 +13,7 @@ from moe_lightning.errors import UsageError
 from moe_lightning.modeling.model_sizes import measure, read_config
 from moe_lightning.placement.cluster import Cluster
 from moe_lightning.placement.estimates import estimate
-from moe_lightning.placement.footprint import LayerSizes, ModelSizes
+from moe_lightning.placement.footprint import LayerSizes, ModelSizes, TensorParallelPlan
 from moe_lightning.strategies import MoEStrategy, PlacementStrategy, RPCStrategy
 from moe_lightning.strategies import surroundings as surroundings_of_trainer
 from moe_lightning.strategies.selection import select
@@ -39,6 +39,7 @@ def model(num_layers=48, dense=0.05, experts=1.2, num_experts=128, heads=(32, 4)
         other_bytes=0,
         top_k=8,
         num_heads=heads,
+        tensor_parallel=TensorParallelPlan(0, 2 * num_layers),
         **settings,
     )
 
