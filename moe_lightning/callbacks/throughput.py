@@ -15,6 +15,7 @@ from typing_extensions import override
 
 import moe_lightning
 from moe_lightning.callbacks.fit_tally import FitTally
+from moe_lightning.callbacks.run_summary import nothing_to_do, summary
 from moe_lightning.callbacks.utilisation import flops_per_token, peak_flops
 from moe_lightning.errors import StoppedError, UsageError
 from moe_lightning.files import write_atomically
@@ -101,7 +102,7 @@ class Throughput(Callback):
                     directory = self.output_dir or trainer.default_root_dir
                     if not _is_finished(Path(directory) / "run.json"):
                         self._write(trainer, work | {"mfu": None, "peak_memory": []}, "finished")
-                    print(_nothing_to_do(work, self.place or directory), file=sys.stderr)
+                    print(nothing_to_do(work, self.place or directory), file=sys.stderr)
                 return
         elif stage == "fit":
             work = self._fit.report(self._sum_over_ranks(trainer, self._fit.counts(trainer)))
@@ -111,7 +112,7 @@ class Throughput(Callback):
         if trainer.is_global_zero:
             mfu = self._mfu(trainer, pl_module, work, training=stage == "fit")
             report = self._write(trainer, work | {"mfu": mfu, "peak_memory": peaks}, "finished")
-            print(_summary(report), file=sys.stderr)
+            print(summary(report), file=sys.stderr)
 
     @override
     def on_exception(
@@ -260,41 +261,6 @@ def _strategy_report(trainer: Trainer) -> dict[str, Any]:
 
 def _cpu() -> str:
     return f"cpu ({torch.get_num_threads()} threads)"
-
-
-def _summary(report: dict[str, Any]) -> str:
-    memory = max(each["host_bytes"] + each["device_bytes"] for each in report["peak_memory"])
-    used = f"{memory / 1e9:.2f} GB of memory"
-    if report["mfu"] is not None:
-        used += f", {100 * report['mfu']:.1f} % of peak FLOP/s"
-    if "num_steps" in report:
-        return (
-            f"{report['num_steps']:,} steps in {report['elapsed_s']:.1f} s: "
-            f"{report['num_tokens']:,} tokens, {report['tokens_per_s']:,.0f} tokens/s, {used}"
-        )
-    lines = [
-        f"{report['num_predictions']:,} of {report['num_rows']:,} rows answered"
-        f"{_before(report)} in {report['elapsed_s']:.1f} s: "
-        f"{report['num_prompt_tokens']:,} prompt + {report['num_new_tokens']:,} new tokens, "
-        f"{report['tokens_per_s']:,.0f} tokens/s, {used}",
-        f"predictions: {report['output_dir']}",
-    ]
-    if report["num_errors"]:
-        lines.append(f"{report['num_errors']:,} rows could not be computed: see errors.jsonl there")
-    return "\n".join(lines)
-
-
-def _before(report: dict[str, Any]) -> str:
-    if not report["num_done_before"]:
-        return ""
-    return f", {report['num_done_before']:,} computed by earlier runs, the others"
-
-
-def _nothing_to_do(work: dict[str, Any], directory: str) -> str:
-    return (
-        f"nothing to do: earlier runs have answered {work['num_predictions']:,} of "
-        f"{work['num_rows']:,} rows (--restart computes them again)\npredictions: {directory}"
-    )
 
 
 def _is_finished(report: Path) -> bool:

@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from moe_lightning.dispatch.flight import Flight
 from moe_lightning.dispatch.row_format import RowFormat
 
 
@@ -69,7 +70,7 @@ class RowExchange:
         self.num_received = picked.num_received
         self._num_rows_away = sum(picked.num_sent) - picked.num_sent[group.rank()]
         self._picked: Picked | None = picked
-        self._flight: _Flight | None = None
+        self._flight: Flight | None = None
 
     @property
     def num_bytes_out(self) -> int:
@@ -172,30 +173,7 @@ class RowExchange:
 
     def _post(self, bytes_X: Tensor, num_out: Sequence[int], num_in: Sequence[int]) -> None:
         assert self._flight is None, "an exchange has one thing on its way at a time"
-        self._flight = _Flight(bytes_X, num_out, num_in, self.group)
-
-
-class _Flight:
-    """Bytes on their way between ranks; what is sent stays alive until the wait."""
-
-    def __init__(
-        self,
-        bytes_SX: Tensor,
-        num_out: Sequence[int],
-        num_in: Sequence[int],
-        group: dist.ProcessGroup,
-    ) -> None:
-        self._sent = bytes_SX
-        self._received = bytes_SX.new_empty(sum(num_in), bytes_SX.shape[1])
-        self._work: dist.Work | None = dist.all_to_all_single(
-            self._received, self._sent, list(num_in), list(num_out), group=group, async_op=True
-        )
-
-    def wait(self) -> Tensor:
-        if self._work is not None:
-            self._work.wait()
-            self._work = None
-        return self._received
+        self._flight = Flight(bytes_X, num_out, num_in, self.group)
 
 
 def _as_bytes(rows_RD: Tensor, dtype: torch.dtype) -> Tensor:

@@ -19,22 +19,19 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from moe_lightning.errors import StoppedError, UsageError
+from moe_lightning.errors import StoppedError
+from moe_lightning.jobs.entry import ERRORS, PLAN, SUCCESS, enter, has_begun, tidy
 from moe_lightning.jobs.epochs import accepted_entries, claim_epoch, epoch_name
 from moe_lightning.jobs.ledger import PartEntry
-from moe_lightning.jobs.part_writer import SUSPECTS, PartWriter, read_suspects
+from moe_lightning.jobs.part_writer import PartWriter, read_suspects
 from moe_lightning.jobs.parts import Parts
-from moe_lightning.jobs.plan import JobPlan, differences
+from moe_lightning.jobs.plan import JobPlan
 from moe_lightning.jobs.results import Format, write_errors, write_predictions
-from moe_lightning.jobs.storage import LOCK, TEMPORARY, Storage
-
-PLAN, SUCCESS, ERRORS = "job/plan.json", "_SUCCESS", "errors.jsonl"
-_LAYOUT = 1  # raise it when what the files hold changes
+from moe_lightning.jobs.storage import TEMPORARY, Storage
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,49 +108,12 @@ class Job:
         """
         storage.lock()
         try:
-            job = cls._enter(storage, plan, restart=restart, make_id=make_id)
+            job = cls(storage, plan, enter(storage, plan, restart=restart, make_id=make_id))
             job._recover(retry_errors=retry_errors)
         except BaseException:
             storage.close()
             raise
         return job
-
-    @classmethod
-    def _enter(
-        cls, storage: Storage, plan: JobPlan, *, restart: bool, make_id: Callable[[], str]
-    ) -> "Job":
-        stored = json.loads(storage.read(PLAN) or b"null")
-        _tidy(storage, None if stored is None else stored["id"])  # a full disk needs the space now
-        facts = {
-            "layout": _LAYOUT,
-            "identity": plan.identity,
-            "num_rows": plan.num_rows,
-            "num_batches": len(plan.batches),
-            "batches_sha256": plan.batches_sha256(),
-        }
-        if stored is not None and not restart and plan.num_rows is not None:
-            found = _differences(stored, facts)
-            if found and _has_begun(storage, stored["id"]):
-                raise _other_job(found)
-            restart = bool(found)
-        else:
-            restart = True
-        if not restart:
-            id = stored["id"]
-        else:
-            storage.remove(SUCCESS)  # from here on what is there is no result
-            if stored is not None and plan.num_rows is not None:
-                for name in ("predictions.jsonl", "predictions.parquet", ERRORS):
-                    storage.remove(name)
-            id = make_id()
-            with storage.writer(f"job/{id}/batches.jsonl") as file:
-                for line in plan.lines():
-                    file.write(line)
-            begun = datetime.now(UTC).isoformat(timespec="seconds")
-            fields = {"id": id, "begun": begun, **facts}
-            storage.write(PLAN, json.dumps(fields, indent=2).encode() + b"\n")
-        _tidy(storage, id)
-        return cls(storage, plan, id)
 
     def _recover(self, *, retry_errors: bool) -> None:
         success = json.loads(self.storage.read(SUCCESS) or b"null")
@@ -291,10 +251,10 @@ class Job:
         if self.outcome is None:
             with suppress(OSError):
                 if self._is_newest() and (
-                    self.plan.num_rows is None or not _has_begun(self.storage, self.id)
+                    self.plan.num_rows is None or not has_begun(self.storage, self.id)
                 ):
                     self.storage.remove(PLAN)
-                    _tidy(self.storage, None)  # not the lock: who comes next may have it already
+                    tidy(self.storage, None)  # not the lock: who comes next may have it already
                     if not self.storage.names("job"):
                         self.storage.remove_folder("job")
         self.storage.close()
@@ -304,36 +264,3 @@ class Job:
         return stored.get("id") == self.id and not self.storage.exists(
             epoch_name(self.folder, self.epoch + 1)
         )
-
-
-def _tidy(storage: Storage, id: str | None) -> None:
-    """Remove what is not of this job: what was forgotten or never begun, and temporary files."""
-    for name in storage.names("job"):
-        if name not in (PLAN, LOCK, f"job/{id}"):
-            storage.remove_folder(name)
-
-
-def _has_begun(storage: Storage, id: str) -> bool:
-    """Whether anything was committed to a job, or learnt of its rows, ever."""
-    success = json.loads(storage.read(SUCCESS) or b"{}")
-    return success.get("job") == id or any(
-        any(storage.logs(f"job/{id}/{kind}").values()) for kind in ("ledger", SUSPECTS)
-    )
-
-
-def _differences(stored: dict[str, Any], facts: dict[str, Any]) -> list[str]:
-    if stored.get("layout") != _LAYOUT:
-        return [f"layout: {stored.get('layout')}, now {_LAYOUT}"]
-    found = differences(stored["identity"], json.loads(json.dumps(facts["identity"])))
-    counts = ("num_rows", "num_batches", "batches_sha256")
-    if not found and any(stored[name] != facts[name] for name in counts):
-        return ["the planned batches are others"]
-    return found
-
-
-def _other_job(found: list[str]) -> UsageError:
-    lines = "\n  ".join(found)
-    return UsageError(
-        f"--output_dir holds another job, of which this one differs in\n  {lines}\nChoose another "
-        "--output_dir, go back to what it was, or say --restart to forget what was done there."
-    )

@@ -3,7 +3,7 @@
 master: router, attention, dense layers ── rows ──▶ worker 0: experts    worker 1: experts    ...
 """
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -15,7 +15,6 @@ from moe_lightning.errors import UsageError
 from moe_lightning.experts import ExpertShard
 from moe_lightning.modeling.checkpoint import CheckpointView
 from moe_lightning.modeling.loading import build_on_meta, load_experts, load_model
-from moe_lightning.modeling.manifest import manifest_hash
 from moe_lightning.modeling.seam import MoELayer, attach, find_moe_layers
 from moe_lightning.placement import ExpertPlacement
 from moe_lightning.strategies.hosting import HostedModel, HostingOptions
@@ -27,20 +26,14 @@ from moe_lightning.strategies.placing import (
     choose_placement,
 )
 from moe_lightning.strategies.rpc_launcher import RPCLauncher
+from moe_lightning.strategies.rpc_meeting import LOCAL_WORKERS, RPCMeeting
 from moe_lightning.strategies.worker_slots import free_by_pool, worker_slots
-from moe_lightning.transport.addresses import check_address
-from moe_lightning.transport.keys import Keys
-from moe_lightning.transport.tensorpipe_towards import tensorpipe_towards
 from moe_lightning.transport.wire import WireDtypeName
 from moe_lightning.workers.fleet import Fleet
 from moe_lightning.workers.joining import world_from_environment
-from moe_lightning.workers.local_processes import LocalWorkers
 from moe_lightning.workers.question import WireOptions
-from moe_lightning.workers.roster import Roster
 from moe_lightning.workers.session import memory_pool
-from moe_lightning.workers.worker import WorkerOptions
 
-LOCAL_WORKERS = 2
 INTERLEAVE_TOKENS = 256
 
 
@@ -107,13 +100,6 @@ class RPCStrategy(OneProcessStrategy):
         insecure_network: bool = False,
     ) -> None:
         super().__init__()
-        if workers is not None and num_workers is not None:
-            raise UsageError(
-                "trainer.strategy.workers names workers that are there, num_workers starts some: "
-                "give one of them."
-            )
-        if workers is not None and not workers:
-            raise UsageError("trainer.strategy.workers is empty: name at least one address.")
         for name, number in (
             ("num_workers", num_workers),
             ("threads", threads),
@@ -130,8 +116,6 @@ class RPCStrategy(OneProcessStrategy):
                     f"trainer.strategy.{name}_dtype={dtype!r} does not exist; choose from "
                     f"{', '.join(get_args(WireDtypeName))}."
                 )
-        if transport not in ("zmq", "tensorpipe"):
-            raise UsageError(f"trainer.strategy.transport={transport!r}: zmq or tensorpipe.")
         self.workers = workers
         self.num_workers = num_workers
         self.transport = transport
@@ -148,16 +132,8 @@ class RPCStrategy(OneProcessStrategy):
         self.threads = threads
         self.listen = listen
         self.insecure_network = insecure_network
-        for address in workers or ():
-            check_address(
-                address,
-                option="trainer.strategy.workers",
-                keys=keys is not None,
-                insecure=insecure_network and transport == "tensorpipe",
-            )
         self.placement: ExpertPlacement | None = None
-        self.fleet: Fleet | None = None
-        self._local: LocalWorkers | None = None
+        self._meeting = RPCMeeting(self)
         self._threads_before: int | None = None
         self._num_runs = 0
 
@@ -182,6 +158,11 @@ class RPCStrategy(OneProcessStrategy):
     def _configure_launcher(self) -> None:
         self._launcher = RPCLauncher(self)
 
+    @property
+    def fleet(self) -> Fleet | None:
+        """The workers, while a run has them."""
+        return self._meeting.fleet
+
     @override
     def report(self) -> dict[str, Any]:
         report: dict[str, Any] = {"transport": self.transport}
@@ -204,7 +185,7 @@ class RPCStrategy(OneProcessStrategy):
         self.check_is_inference(options)
         meta = build_on_meta(view.config, dtype=options.dtype)
         layers = find_moe_layers(meta)
-        fleet = self._meet(view)
+        fleet = self._meeting.meet(view, threads=self._threads())
         here = self.root_device
         offers = [offer for _, offer in sorted(fleet.roster.offers.items())]
         slots = worker_slots(fleet.names, offers, experts_backend=options.experts_backend)
@@ -275,47 +256,6 @@ class RPCStrategy(OneProcessStrategy):
             hosted_by=self.hosting_key,
         )
 
-    def _meet(self, view: CheckpointView) -> Fleet:
-        keys = None if self.keys is None else Keys.load(self.keys, role="master")
-        world = world_from_environment()
-        check: Callable[[], None] = lambda: None  # noqa: E731
-        if self.workers is not None:
-            addresses = self.workers
-        elif world is not None:
-            addresses = world.collect(
-                self.join_timeout_s,
-                keys=self.keys is not None,
-                insecure=self.insecure_network and self.transport == "tensorpipe",
-            )
-        else:
-            self._local = LocalWorkers(
-                [
-                    WorkerOptions(str(view.path), device=device, threads=self._threads())
-                    for device in self._local_devices()
-                ]
-            )
-            addresses, check, keys = self._local.addresses, self._local.check, None
-        roster = Roster(addresses, keys=keys, timeout_s=self.timeout_s)
-        fleet = self.fleet = Fleet(roster, wire=self.wire, device=self.root_device)
-        roster.meet(manifest_hash(view), join_timeout_s=self.join_timeout_s, still_starting=check)
-        if self.transport == "tensorpipe":
-            fleet.use(
-                tensorpipe_towards(
-                    addresses,
-                    insecure_network=self.insecure_network,
-                    timeout_s=self.join_timeout_s,
-                )
-            )
-        return fleet
-
-    def _local_devices(self) -> list[str]:
-        num_workers = self.num_workers or LOCAL_WORKERS
-        if self.root_device.type != "cuda":
-            return ["cpu"] * num_workers
-        # The master's GPU comes last: the router and the dense layers are there.
-        own, num_gpus = self.root_device.index or 0, torch.cuda.device_count()
-        return [f"cuda:{(own + 1 + n) % num_gpus}" for n in range(num_workers)]
-
     # Beginning and end.
 
     @override
@@ -341,12 +281,7 @@ class RPCStrategy(OneProcessStrategy):
     @override
     def teardown(self) -> None:
         self._num_runs += 1
-        if self.fleet is not None:
-            self.fleet.close()
-            self.fleet = None
-        if self._local is not None:
-            self._local.close()
-            self._local = None
+        self._meeting.close()
         if self._threads_before is not None:
             torch.set_num_threads(self._threads_before)
             self._threads_before = None

@@ -1,6 +1,5 @@
 """ShardedStrategy: a model over ranks, by FSDP2, expert, tensor and pipeline parallelism."""
 
-import time
 from collections.abc import Hashable
 from datetime import timedelta
 from functools import cached_property
@@ -16,6 +15,7 @@ from moe_lightning.data.rank_batches import batches_of_rank
 from moe_lightning.errors import UsageError
 from moe_lightning.modeling.checkpoint import CheckpointView
 from moe_lightning.modeling.sharding import RankMeshes, ShardingOptions
+from moe_lightning.strategies.all_loaded import wait_until_all_have_loaded
 from moe_lightning.strategies.checkpointing import CheckpointsOfRanks
 from moe_lightning.strategies.hosting import HostedModel, HostingOptions
 from moe_lightning.strategies.mesh_sizes import MeshSizes, Size, resolve_sizes
@@ -25,7 +25,6 @@ from moe_lightning.strategies.rank_launcher import RankLauncher
 from moe_lightning.strategies.rank_watch import RankWatch, WatchTimes
 from moe_lightning.strategies.sharded_model import ExchangeOptions, ShardLoader
 
-LOADED, LOADED_POLL_S = "moe_lightning/loaded", 0.1
 WireName = Literal["bfloat16", "float16"]
 SHARDED_PRESETS: dict[str, dict[str, Size]] = {
     "moe_fsdp": {},
@@ -258,23 +257,9 @@ class ShardedStrategy(MoEStrategy, CheckpointsOfRanks):
             hosted.model.activation_checkpointing_enable()
         if not options.is_training:
             hosted.model.requires_grad_(False)
-        self._wait_until_all_have_loaded()
+        if self._meshes is not None:
+            wait_until_all_have_loaded(self.world_size)
         return hosted
-
-    def _wait_until_all_have_loaded(self) -> None:
-        """Wait for ranks whose disks are slower, however long they take.
-
-        A collective would give up after ``timeout_s``. A rank that dies meanwhile is found by the
-        watch.
-        """
-        if self._meshes is None:
-            return
-        store = dist.distributed_c10d._get_default_store()
-        # Loads of all ranks, over all that this process group has seen.
-        num_loads = store.add(LOADED, 1)
-        wanted = -(-num_loads // self.world_size) * self.world_size
-        while store.add(LOADED, 0) < wanted:
-            time.sleep(LOADED_POLL_S)
 
     @override
     def setup(self, trainer: L.Trainer) -> None:

@@ -1,7 +1,6 @@
 """Comparison: what was captured of every row against the reference, part by part."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -11,42 +10,12 @@ from moe_lightning.verification.differences import (
     LayerDifference,
     relative_differences,
 )
-from moe_lightning.verification.folder import RowFacts, RowFolder, experts_name, layer_name
+from moe_lightning.verification.folder import RowFolder, experts_name, layer_name
+from moe_lightning.verification.greedy_tokens import Tokens
 from moe_lightning.verification.reference import Reference
 from moe_lightning.verification.tolerances import Tolerance
 
 NUM_NUDGES = 64
-MARGIN = 8.0
-"""Error of one logit among many, in units of the typical one: the largest of thousands, twice."""
-
-JUMP = 3.0
-"""What another choice of experts moves a logit by, in the same units; rounding causes some."""
-
-
-@dataclass(slots=True)
-class Tokens:
-    """Greedy tokens that were compared: each with what the reference takes after the same ones.
-
-    Attributes:
-        num: Tokens.
-        num_equal: Those that are the reference's choice.
-        num_ties: Others, that the reference holds for as good as its own.
-        num_rows: Rows.
-        num_equal_rows: Rows whose tokens are all equal.
-        first_other: Row and number of the first token that is neither; None if there is none.
-    """
-
-    num: int = 0
-    num_equal: int = 0
-    num_ties: int = 0
-    num_rows: int = 0
-    num_equal_rows: int = 0
-    first_other: tuple[int, int] | None = None
-
-    @property
-    def num_wrong(self) -> int:
-        """Tokens that the reference would not have taken."""
-        return self.num - self.num_equal - self.num_ties
 
 
 class Comparison:
@@ -109,31 +78,7 @@ class Comparison:
                 tolerance=self.tolerance.end_to_end,
                 positions_T=positions_P[chosen_P],
             )
-        self._compare_tokens(facts, logits_SV)
-
-    def _compare_tokens(self, facts: RowFacts, logits_SV: Tensor) -> None:
-        new_N = torch.tensor(facts.new_token_ids, dtype=torch.int64)
-        tokens = self.tokens
-        tokens.num_rows += 1
-        if len(new_N) == 0:
-            tokens.num_equal_rows += 1
-            return
-        logits_NV = logits_SV[len(facts.token_ids) - 1 :].float()
-        best_N, wanted_N = logits_NV.max(1)
-        behind_N = best_N - logits_NV.gather(1, new_N[:, None]).squeeze(1)
-        typical_N = (logits_NV - logits_NV.mean(1, keepdim=True)).square().mean(1).sqrt()
-        is_equal_N = new_N == wanted_N
-        margin = MARGIN * self.tolerance.end_to_end
-        if not self.tolerance.is_exact:
-            margin = max(margin, JUMP)
-        is_tie_N = ~is_equal_N & (behind_N <= margin * typical_N)
-        tokens.num += len(new_N)
-        tokens.num_equal += int(is_equal_N.sum())
-        tokens.num_ties += int(is_tie_N.sum())
-        tokens.num_equal_rows += bool(is_equal_N.all())
-        wrong_N = (~is_equal_N & ~is_tie_N).nonzero().squeeze(1)
-        if len(wrong_N) and tokens.first_other is None:
-            tokens.first_other = (facts.row, int(wrong_N[0]))
+        self.tokens.see(facts, logits_SV, self.tolerance)
 
 
 class _Alone:
