@@ -16,6 +16,7 @@ from packaging.utils import canonicalize_name
 
 from moe_lightning import __version__
 from moe_lightning.cli.main import main
+from moe_lightning.cli.plain_words import plain_words
 from moe_lightning.data.remote_input import fetch_input
 from moe_lightning.errors import UsageError
 from moe_lightning.extras import EXTRAS
@@ -250,3 +251,16 @@ def test_a_logger_says_which_extra_it_needs(tmp_path, monkeypatch, capfd):
     options += ["--output_dir", str(tmp_path / "out"), "--model.task.max_new_tokens", "1"]
     assert main(["predict", "--config", "single_device.yaml", *options]) == 2
     assert "pip install 'moe-lightning[tensorboard]'" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("package", "remedy"),
+    [
+        ("tensorboard", "is missing: pip install 'moe-lightning[tensorboard]'"),
+        ("wandb>=0.12.10", "not met. HINT: Try running `pip install -U 'wandb>=0.12.10'`"),
+    ],
+)
+def test_what_lightning_says_of_missing_packages(package, remedy):
+    """The words of Lightning 2.6.6 where the package is not even installed."""
+    said = f"Requirement '{package}' not met. HINT: Try running `pip install -U '{package}'`"
+    assert remedy in plain_words(f"- Problem with given class_path 'Logger':\n  {said}")
