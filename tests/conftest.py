@@ -30,6 +30,7 @@ from moe_lightning.tasks import Task
 # others two at a time.
 ALONE = (
     "cli/test_benchmark",
+    "cli/test_environment",
     "cli/test_faults",
     "cli/test_finetune_configs",
     "cli/test_plan_from",
