@@ -54,6 +54,7 @@ ALONE = (
     "strategies/test_resume",
     "strategies/test_rpc",
     "strategies/test_sharded",
+    "test_packaging",
     "transport/test_link",
     "transport/test_liveness",
     "transport/test_tensorpipe",
