@@ -26,7 +26,7 @@ else
     ssh -tt "$host" "$(printf '%q ' "${serve[@]}" "$(basename "$keys")")" < /dev/null &
 fi
 # A worker serves one master after the other; this one ends with the script.
-trap 'kill $! 2> /dev/null; wait' EXIT
+trap 'kill $! 2> /dev/null || true; wait || true' EXIT
 
 # The master waits until the worker listens.
 "$python" -m moe_lightning predict --config rpc.yaml --model.checkpoint "$checkpoint" \
