@@ -2,25 +2,25 @@
 
 import json
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
+from jsonargparse.typing import PositiveInt
 
 from moe_lightning.cli import plan_placement
 from moe_lightning.cli.plain_words import plain_words
+from moe_lightning.cli.plan_rates import OPTIONS, choose_rates
+from moe_lightning.cli.plan_table import Plan
 from moe_lightning.errors import UsageError
 from moe_lightning.experts.names import BackendName
 from moe_lightning.modeling.model_sizes import measure, read_config
 from moe_lightning.modeling.precision import DtypeName, choose_dtype
-from moe_lightning.placement.cluster import Cluster, in_gb, parse_cluster
-from moe_lightning.placement.estimates import Estimate, estimate
-from moe_lightning.placement.footprint import HEADROOM, ModelSizes
-from moe_lightning.placement.workload import DECODE_TOKENS, PREFILL_TOKENS
+from moe_lightning.placement.cluster import Cluster, parse_cluster
+from moe_lightning.placement.estimates import estimate
+from moe_lightning.placement.recording import load_recording
+from moe_lightning.placement.workload import DECODE_TOKENS, PREFILL_TOKENS, Workload
 from moe_lightning.strategies.selection import Choice, select
 from moe_lightning.strategies.surroundings import look_around, this_machine
-
-TITLES = {"single": "auto (a single device)"}
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -33,7 +33,7 @@ def run(arguments: Sequence[str]) -> int:
         0, whether anything fits or not.
 
     Raises:
-        UsageError: If an option is wrong.
+        UsageError: If an option is wrong, or the recorded routing is of another model.
         CheckpointError: If there is no such checkpoint, or no config that can be used.
     """
     if any(word.split("=")[0] == "--from" for word in arguments):
@@ -42,33 +42,36 @@ def run(arguments: Sequence[str]) -> int:
         options = _parser().parse_args(list(arguments))
     except ArgumentError as error:
         raise UsageError(f"{plain_words(str(error))}\nSee all options with --help.") from error
-    cluster = _cluster(options)
+    cluster, workload = _cluster(options), _workload(options)
     training: bool = options.training
     config = read_config(options["model.checkpoint"])
+    dtype = choose_dtype(
+        options["model.dtype"],
+        torch.device(cluster.kind),
+        config,
+        is_training=training,
+        precision=options["trainer.precision"],
+    )
     sizes = measure(
         config,
-        dtype=choose_dtype(
-            options["model.dtype"],
-            torch.device(cluster.kind),
-            config,
-            is_training=training,
-            precision=options["trainer.precision"],
-        ),
+        dtype=dtype,
         experts_backend="auto" if training else options["model.experts_backend"],
         device_type=cluster.kind,
         lora_rank=options["lora_rank"] if training else None,
     )
+    given = {name: options[name] for name in OPTIONS}
+    rates = choose_rates(given, cluster, dtype, measures=options.devices == "auto")
     is_mixed = training and "mixed" in options["trainer.precision"]
-    rows = estimate(sizes, cluster, training=training, is_mixed=is_mixed)
+    rows = estimate(
+        sizes, cluster, training=training, is_mixed=is_mixed, workload=workload, rates=rates
+    )
     outcome: Choice | UsageError
     try:
         outcome = select(sizes, cluster, training=training, is_mixed=is_mixed)
     except UsageError as error:
         outcome = error
-    if options.json:
-        print(json.dumps(_as_json(sizes, cluster, rows, outcome), indent=2))
-    else:
-        print(_as_text(sizes, cluster, rows, outcome, training=training))
+    plan = Plan(sizes, cluster, workload, rates, rows, outcome, training)
+    print(json.dumps(plan.as_dict(), indent=2) if options.json else plan.as_text())
     return 0
 
 
@@ -122,6 +125,37 @@ def _parser() -> ArgumentParser:
         help="Rank of LoRA adapters on attention and all experts, which train instead of the "
         "weights. The default trains every weight.",
     )
+    for name, (_, example, what) in OPTIONS.items():
+        parser.add_argument(
+            f"--{name}",
+            type=str | None,
+            default=None,
+            metavar=example,
+            help=f"{what} The default is what trying finds, if the devices are this machine's; "
+            "without rates no speeds are predicted."
+            if name in ("flops", "memory_bandwidth", "bandwidth")
+            else what,
+        )
+    parser.add_argument(
+        "--decode_tokens",
+        type=PositiveInt,
+        default=DECODE_TOKENS,
+        help="Tokens of a decode step, on each process that has rows of its own.",
+    )
+    parser.add_argument(
+        "--prefill_tokens",
+        type=PositiveInt,
+        default=PREFILL_TOKENS,
+        help="Tokens of a pass over prompts, or of a training step, on each such process.",
+    )
+    parser.add_argument(
+        "--routing",
+        type=str | None,
+        default=None,
+        metavar="routing.npz",
+        help="The routing.npz or routing_balance.json of a run, to count bytes with its routing. "
+        "The default is uniform routing: all sets of a token's experts are equally likely.",
+    )
     parser.add_argument(
         "--json",
         type=bool,
@@ -140,91 +174,6 @@ def _cluster(options: Namespace) -> Cluster:
     return parse_cluster(options.devices, kind="cpu" if is_cpu else "cuda")
 
 
-def _as_text(
-    sizes: ModelSizes,
-    cluster: Cluster,
-    rows: dict[str, Estimate],
-    outcome: Choice | UsageError,
-    *,
-    training: bool,
-) -> str:
-    heads = ["strategy", "on a device", "fits", *(["step"] if training else ["decode", "prefill"])]
-    table = [[*heads, ""]]
-    for key, row in rows.items():
-        traffic = [in_gb(number) for number in row.bytes_per_token[: len(heads) - 3]]
-        fits = "yes" if row.fits else "no"
-        table.append(
-            [TITLES.get(key, row.label), in_gb(row.device_bytes), fits, *traffic, row.why_not]
-        )
-    widths = [max(len(line[column]) for line in table) for column in range(len(table[0]))]
-    lines = [
-        "  ".join(
-            word.ljust(width) if column in (0, len(widths) - 1) else word.rjust(width)
-            for column, (word, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in table
-    ]
-    what = "weights, gradients and AdamW's averages" if training else "weights"
-    step = (
-        f"step: {PREFILL_TOKENS:,} tokens on each device"
-        if training
-        else f"decode: {DECODE_TOKENS} tokens a step on each device, prefill: {PREFILL_TOKENS:,}"
-    )
-    reasons = (
-        [f"moe_auto: {line}" for line in outcome.reasons]
-        if isinstance(outcome, Choice)
-        else [str(outcome)]
-    )
-    return "\n".join(
-        [
-            f"{sizes.name}: {in_gb(sizes.num_bytes)} of weights in {sizes.dtype}, "
-            f"{in_gb(sizes.expert_bytes)} of them experts, the largest layer "
-            f"{in_gb(max(layer.num_bytes for layer in sizes.layers))}; {cluster}",
-            "",
-            *lines,
-            "",
-            f"on a device: {what} on the fullest; {HEADROOM:.0%} of its memory are kept free for "
-            "activations and caches.",
-            f"{step}: bytes that travel for a token, mean over the layers.",
-            "",
-            *reasons,
-        ]
-    )
-
-
-def _as_json(
-    sizes: ModelSizes, cluster: Cluster, rows: dict[str, Estimate], outcome: Choice | UsageError
-) -> dict[str, Any]:
-    chosen, reasons = None, [str(outcome)]
-    if isinstance(outcome, Choice):
-        chosen = {"name": outcome.name, "options": dict(outcome.estimate.options)}
-        reasons = list(outcome.reasons)
-    return {
-        "model": sizes.name,
-        "dtype": sizes.dtype,
-        "total_bytes": sizes.num_bytes,
-        "expert_bytes": sizes.expert_bytes,
-        "dense_bytes": sizes.dense_bytes,
-        "expert_bytes_by_layer": [layer.expert_bytes for layer in sizes.layers],
-        "largest_layer_bytes": max(layer.num_bytes for layer in sizes.layers),
-        "num_nodes": cluster.num_nodes,
-        "devices_per_node": cluster.devices_per_node,
-        "bytes_per_device": cluster.device_bytes,
-        "room_bytes_per_device": cluster.room_bytes,
-        "strategies": [
-            {
-                "name": row.name,
-                "options": dict(row.options),
-                "bytes_on_a_device": row.device_bytes,
-                "fits": row.fits,
-                "why_not": row.why_not,
-                "bytes_per_token_and_layer": {
-                    "decode": row.bytes_per_token[0],
-                    "prefill": row.bytes_per_token[1],
-                },
-            }
-            for row in rows.values()
-        ],
-        "choice": chosen,
-        "reasons": reasons,
-    }
+def _workload(options: Namespace) -> Workload:
+    routing = None if options.routing is None else load_recording(options.routing)
+    return Workload(options.decode_tokens, options.prefill_tokens, routing)

@@ -112,7 +112,7 @@ class _Table:
             why_not = f"more than {FEW_DEVICES} devices for one process"
         else:
             why_not = ""
-        spread = Spread(expert_parts=len(slots), rounds=2 * self._num_moe)
+        spread = Spread(expert_parts=len(slots), rounds=2 * self._num_moe, stays=True)
         # A host's CPU beside GPUs has other rates, which nobody has measured.
         return self._checked(made, spread if len(slots) == number else None, why_not)
 
@@ -255,12 +255,13 @@ class _Table:
         ):
             # A token's bytes come to the busiest device, or to all that share its layers alike.
             total = travels * len(self.sizes.layers) / spread.dense_parts
+            near = total if spread.stays else spread.near_bytes
             speeds.append(
                 tokens_per_s(
                     self.sizes,
                     self.cluster,
                     rates,
-                    replace(spread, far_bytes=max(0.0, total - spread.near_bytes)),
+                    replace(spread, near_bytes=near, far_bytes=max(0.0, total - near)),
                     number,
                     makes_logits=is_decode or self.training,
                     training=self.training,

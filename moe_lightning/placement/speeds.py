@@ -45,6 +45,7 @@ class Spread:
         near_bytes: Bytes of a token, over all layers, that come to the busiest device from its own
             machine.
         far_bytes: Those that come from other machines, if there are any.
+        stays: Whether nothing leaves the machine.
     """
 
     sources: int = 1
@@ -54,6 +55,7 @@ class Spread:
     rounds: int = 0
     near_bytes: float = 0.0
     far_bytes: float = 0.0
+    stays: bool = False
 
 
 def tokens_per_s(

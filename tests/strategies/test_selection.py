@@ -186,8 +186,8 @@ def test_the_table_says_why_not() -> None:
     rows = estimate(QWEN, gpus(3, 24))
     assert rows["tp"].why_not == "3 ranks do not divide 32 heads of attention"
     assert rows["single"].why_not == "39.6 GB too much"
-    # One rank has 43 of 128 experts of every layer.
-    assert rows["ep"].why_not == "1.4 GB too much"
+    # A third of 48 x 128 experts, though not of every layer's.
+    assert rows["ep"].why_not == "1.2 GB too much"
     assert rows["pp"].fits
     assert estimate(QWEN, gpus(64, 24))["pp"].why_not == "more ranks than the 48 layers"
     training = estimate(QWEN, gpus(3, 24), training=True)
