@@ -196,6 +196,8 @@ def become(request: dict[str, Any]) -> None:
     os.dup2(log, 1)
     os.dup2(log, 2)
     os.environ.update(request["environ"])
+    # A shell's background jobs begin with Ctrl-C ignored, and so would this.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.argv = ["moe_lightning", *request["arguments"]]
     # As python -m does it: ranks that this process starts run what is __main__ here.
     runpy.run_module("moe_lightning", run_name="__main__", alter_sys=True)
