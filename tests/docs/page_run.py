@@ -18,6 +18,7 @@ import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from unittest import mock
 
 import psutil
 import torch
@@ -62,6 +63,7 @@ class PageRun:
         folder: An empty folder, which is the working directory.
         checkpoint: Stands for a checkpoint of the reader's own.
         made: What commands of other pages made.
+        warm_python: Socket of the Python that forks (tests/docs/warm_python.py).
         read_output: Gives what this process wrote since the last call.
     """
 
@@ -72,12 +74,14 @@ class PageRun:
         folder: Path,
         checkpoint: Path,
         made: MadeFiles,
+        warm_python: Path,
         read_output: Callable[[], str],
     ) -> None:
         self._page = page
         self._folder = folder
         self._checkpoint = checkpoint
         self._made = made
+        self._warm_python = warm_python
         self._read_output = read_output
         self._ports: dict[str, str] = {}
         self._background: list[subprocess.Popen[bytes]] = []
@@ -174,7 +178,7 @@ class PageRun:
 
     def _short_fit(self, text: str) -> str:
         """Options that end a fit after two steps; one that goes on does one more."""
-        if re.search(r"--print_config|--help", text):
+        if re.search(r"--print_config|--help|--trainer.max_steps", text):
             return ""
         steps = 2 + self._num_fits * ("--ckpt_path" in text)
         self._num_fits += 1
@@ -184,12 +188,16 @@ class PageRun:
         self._read_output()
         words = shlex.split(text)
         options = words[3:] if words[0] == "python" else words[1:]
-        with warnings.catch_warnings():
+        with (
+            warnings.catch_warnings(),
+            mock.patch.dict(os.environ, self._environ()),
+            mock.patch.object(sys, "executable", str(STAND_INS / "python")),
+        ):
             code = main(options)
         return Outcome(code, self._read_output())
 
     def _in_a_shell(self, text: str, short_fit: str = SHORT_FIT) -> Outcome:
-        done = subprocess.run(
+        shell = subprocess.Popen(
             ["bash", "-euo", "pipefail", "-c", text],
             cwd=self._folder,
             env=self._environ() | {"SHORT_FIT": short_fit},
@@ -197,15 +205,21 @@ class PageRun:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            timeout=LONG_ENOUGH_S,
+            start_new_session=True,
         )
-        return Outcome(done.returncode, done.stdout)
+        try:
+            output, _ = shell.communicate(timeout=LONG_ENOUGH_S)
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(shell.pid, signal.SIGKILL)
+        return Outcome(shell.returncode, output)
 
     def _environ(self) -> dict[str, str]:
         return os.environ | {
             "PATH": f"{STAND_INS}:{Path(sys.executable).parent}:{os.environ['PATH']}",
             "OMP_NUM_THREADS": "1",
             "TESTS_PYTHON": sys.executable,
+            "TESTS_WARM": str(self._warm_python),
             "TESTS_PORT": str(_free_port()),
         }
 

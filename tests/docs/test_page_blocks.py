@@ -7,7 +7,9 @@ from page_run import PageRun
 
 
 @pytest.mark.parametrize("name", all_pages())
-def test_page_runs_in_its_order(name, tmp_path, monkeypatch, capfd, made, family_checkpoint):
+def test_page_runs_in_its_order(
+    name, tmp_path, monkeypatch, capfd, made, warm_python, family_checkpoint
+):
     folder = tmp_path / "page"
     folder.mkdir()
     monkeypatch.chdir(folder)
@@ -21,6 +23,7 @@ def test_page_runs_in_its_order(name, tmp_path, monkeypatch, capfd, made, family
         folder=folder,
         checkpoint=family_checkpoint("mixtral"),
         made=made,
+        warm_python=warm_python,
         read_output=read_output,
     )
     wrong = []
