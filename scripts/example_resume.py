@@ -50,7 +50,7 @@ def main() -> None:
         predict(options.output_dir, KillAfter(options.kill_after))
         return
     victim = subprocess.run([sys.executable, __file__, *sys.argv[1:], "--is_victim"])
-    print(f"the first run ended with {victim.returncode}")
+    print("the first run", "was killed" if victim.returncode else "was done before that")
     data = predict(options.output_dir)
     lines = (Path(options.output_dir) / "predictions.jsonl").read_text().splitlines()
     print(f"{data.num_done} of {data.num_rows} rows were done, now {len(lines)} are")
