@@ -5,8 +5,7 @@
     rpc:         master: dense layers              workers: experts
     fsdp:        1/R of everything + the largest layer, gathered while it computes
     ep:          dense layers whole (inference) or 1/R of them (training) + experts / ep
-    tp:          a part of what the family's plan cuts + the rest, such as routers
-    pp:          some layers, and the output embedding
+    tp, pp:      a part of what the family's plan cuts + the rest; or some layers + the head
 
 Caches and activations are not counted: ``HEADROOM`` of a device is kept free for them.
 """
