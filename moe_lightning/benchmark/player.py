@@ -88,6 +88,7 @@ class PhaseData(LightningDataModule):
         assert self.trainer is not None, "setup is called by a trainer"
         encoder: Any = self.trainer.lightning_module.encoder
         for data, task in zip(self._data, self._tasks, strict=True):
+            data.trainer = self.trainer
             data.plan(encoder, task)
 
     @override

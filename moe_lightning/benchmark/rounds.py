@@ -131,7 +131,7 @@ def _play(result: Result, number: int, workload: Workload, setup: Setup, limit_s
         "num_devices": who.num_devices,
         "rows": str(workload.path),
         "max_new_tokens": workload.max_new_tokens,
-        "max_batch_tokens": _budget(who, workload, setup),
+        "max_batch_tokens": setup.max_batch_tokens,
         "out": str(out),
     }
     (out / "task.json").write_text(json.dumps(task, indent=1))
@@ -156,13 +156,6 @@ def _program(who: Contestant, setup: Setup) -> list[str]:
         return [setup.vllm_python or sys.executable, vllm_peer.__file__]
     module = "plain" if who.name == PLAIN else "player"
     return [sys.executable, "-m", f"moe_lightning.benchmark.{module}"]
-
-
-def _budget(who: Contestant, workload: Workload, setup: Setup) -> int:
-    """Lightning's ddp shares out whole batches, so there has to be one for each rank."""
-    if who.strategy != "ddp":
-        return setup.max_batch_tokens
-    return min(setup.max_batch_tokens, -(-workload.num_tokens // who.num_devices))
 
 
 def _numbers(ran: Ran, ranks: Sequence[Mapping[str, Any]], workload: Workload) -> dict[str, float]:

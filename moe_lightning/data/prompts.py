@@ -24,6 +24,7 @@ from typing_extensions import override
 from moe_lightning.data.batches import PlannedBatches
 from moe_lightning.data.batching import plan_batches
 from moe_lightning.data.encode import CHUNK_ROWS, Encoder
+from moe_lightning.data.rank_batches import batches_of_rank
 from moe_lightning.data.readers import InputFormat, open_source
 from moe_lightning.data.records import Record, Row, RowBatch, RowError
 from moe_lightning.data.remote_input import fetch_input
@@ -160,9 +161,17 @@ class PromptData(LightningDataModule):
 
     @override
     def predict_dataloader(self) -> DataLoader[RowBatch]:
-        """Return the planned batches in order, one `RowBatch` an item."""
+        """Return the planned batches in order, one `RowBatch` an item; those of this rank."""
         assert self._dataset is not None, "setup('predict') comes first"
-        return DataLoader(self._dataset, batch_size=None, num_workers=0)
+        loader = DataLoader(self._dataset, batch_size=None, num_workers=0)
+        place = self.trainer.distributed_sampler_kwargs if self.trainer is not None else None
+        if place is None:
+            return loader
+        # Lightning would give ranks whole batches, of which there may be fewer than ranks.
+        return cast(
+            DataLoader[RowBatch],
+            batches_of_rank(loader, rank=place["rank"], num_ranks=place["num_replicas"]),
+        )
 
     @property
     def budget_tokens(self) -> int:

@@ -15,7 +15,7 @@ from itertools import islice
 from typing import Any
 
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset
 from typing_extensions import override
 
 from moe_lightning.data.batches import PlannedBatches
@@ -49,13 +49,15 @@ def batches_of_rank(loader: Any, *, rank: int, num_ranks: int) -> Any:
         A loader of this rank's batches; of equal length on every rank.
     """
     dataset = getattr(loader, "dataset", None)
+    if isinstance(dataset, _PlannedShare):
+        return loader
     if isinstance(dataset, PlannedBatches):
         return DataLoader(_PlannedShare(dataset, rank, num_ranks), batch_size=None, num_workers=0)
     share = _LoaderShare(loader, rank, num_ranks)
     return DataLoader(share, batch_size=None, num_workers=0)
 
 
-class _PlannedShare(Dataset[RowBatch]):
+class _PlannedShare(IterableDataset[RowBatch]):  # which Lightning does not share out again
     def __init__(self, planned: PlannedBatches, rank: int, num_ranks: int) -> None:
         self._planned = planned
         self._rank = rank
@@ -65,13 +67,12 @@ class _PlannedShare(Dataset[RowBatch]):
     def __len__(self) -> int:
         return -(-len(self._units) // self._num_ranks)
 
-    def __getitem__(self, number: int) -> RowBatch:
-        if not 0 <= number < len(self):
-            raise IndexError(number)
-        place = number * self._num_ranks + self._rank
-        if place < len(self._units):
-            return self._planned.read(self._units[place])
-        return RowBatch(place, [], [])
+    @override
+    def __iter__(self) -> Iterator[RowBatch]:
+        for number in range(len(self)):
+            place = number * self._num_ranks + self._rank
+            is_there = place < len(self._units)
+            yield self._planned.read(self._units[place]) if is_there else RowBatch(place, [], [])
 
 
 class _LoaderShare(IterableDataset[Any]):

@@ -30,8 +30,9 @@ class OneProcessStrategy(MoEStrategy, ParallelStrategy):
         if options.adaptation is not None:
             raise UsageError(
                 f"the strategy {self.strategy_name} places the checkpoint's own experts, without "
-                "adapters (--model.lora). Merge them first (python -m moe_lightning export), or "
-                "use --trainer.strategy auto, moe_fsdp or moe_ep."
+                "adapters (--model.lora). Merge them first (PEFT's merge_and_unload, on what "
+                "python -m moe_lightning export writes), or use --trainer.strategy auto, moe_fsdp "
+                "or moe_ep."
             )
 
     @override

@@ -109,11 +109,6 @@ def test_what_a_round_says(setup, starts):
     assert result.rows == {0: {"id": 0, "token_ids": [1, 2]}, 1: {"id": 1, "token_ids": [1, 2]}}
 
 
-def test_there_is_a_batch_for_each_rank_of_ddp(setup, starts):
-    compete(results_of("ddp", strategy="ddp", num_devices=3), WORKLOAD, setup, Limits(rounds=1))
-    assert starts[0][1]["max_batch_tokens"] == 25  # of 75 tokens
-
-
 def test_after_ctrl_c_there_is_what_there_was(setup, starts, monkeypatch):
     results = results_of("a", "b")
     run = rounds.run_watched

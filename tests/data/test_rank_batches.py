@@ -1,10 +1,12 @@
 """Every row is in one rank's batches, and all ranks have the same number of batches."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from lightning.fabric.utilities.data import has_iterable_dataset
 from tiny_tokenizer import make_tokenizer
 from torch.utils.data import DataLoader, IterableDataset, default_collate
 
@@ -21,15 +23,19 @@ ENCODER = Encoder(make_tokenizer(), max_positions=64, vocab_size=10, add_generat
 def planned(tmp_path):
     """The dataloader of so many planned batches of two rows each."""
 
-    def planned(num_batches):
+    def data(num_batches):
         file = tmp_path / f"{num_batches}.jsonl"
         rows = [{"id": n, "prompt": "a b c"} for n in range(2 * num_batches)]
         file.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
         data = PromptData(str(file), max_batch_tokens=8)  # a row has 4 with <s>
         data.plan(ENCODER, Score())
         assert len(data.batches) == num_batches
-        return data.predict_dataloader()
+        return data
 
+    def planned(num_batches):
+        return data(num_batches).predict_dataloader()
+
+    planned.data = data
     return planned
 
 
@@ -50,6 +56,23 @@ def test_planned_batches(num_batches, num_ranks, planned) -> None:
     # What is left after whole rounds is shared row by row: no rank has two rows more.
     last = [len(share[-1].rows) for share in shares if share]
     assert not last or max(last) - min(last) <= 1
+
+
+@pytest.mark.parametrize("num_batches", [0, 1, 3])
+def test_ranks_of_other_strategies_get_shares_too(num_batches, planned, monkeypatch) -> None:
+    """Lightning's ddp: a batch fewer than ranks leaves none without rows, and none dies."""
+    data = planned.data(num_batches)
+    shares = []
+    for rank in range(2):
+        trainer = SimpleNamespace(distributed_sampler_kwargs={"rank": rank, "num_replicas": 2})
+        monkeypatch.setattr(type(data), "trainer", trainer, raising=False)
+        loader = data.predict_dataloader()
+        assert has_iterable_dataset(loader), "Lightning would share it out again"
+        assert batches_of_rank(loader, rank=rank, num_ranks=2) is loader
+        shares.append(list(loader))
+    assert len(shares[0]) == len(shares[1])
+    ids = [row.id for share in shares for batch in share for row in batch.rows]
+    assert sorted(ids) == list(range(2 * num_batches))
 
 
 def test_whole_batches_stay_as_they_were_planned(planned) -> None:
