@@ -59,13 +59,13 @@ def test_planned_batches(num_batches, num_ranks, planned) -> None:
 
 
 @pytest.mark.parametrize("num_batches", [0, 1, 3])
-def test_ranks_of_other_strategies_get_shares_too(num_batches, planned, monkeypatch) -> None:
+def test_ranks_of_other_strategies_get_shares_too(num_batches, planned) -> None:
     """Lightning's ddp: a batch fewer than ranks leaves none without rows, and none dies."""
     data = planned.data(num_batches)
     shares = []
     for rank in range(2):
         trainer = SimpleNamespace(distributed_sampler_kwargs={"rank": rank, "num_replicas": 2})
-        monkeypatch.setattr(type(data), "trainer", trainer, raising=False)
+        data.trainer = trainer
         loader = data.predict_dataloader()
         assert has_iterable_dataset(loader), "Lightning would share it out again"
         assert batches_of_rank(loader, rank=rank, num_ranks=2) is loader
