@@ -1,13 +1,8 @@
 """``predict`` with experts on workers: each way to start gives the rows of one device; refusals."""
 
 import json
-import os
 import re
-import shlex
-import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -15,10 +10,8 @@ import torch
 import yaml
 from sampling import sampled
 from worker_processes import (
-    finish,
     free_port,
     outside_address,
-    run_to_its_end,
     torchrun,
     workers,
 )
@@ -36,8 +29,6 @@ from moe_lightning.workers.roster import Roster
 PROMPTS = ["To be", "or not to be, that is the question", "é", "Whether 'tis nobler", "in", "the"]
 RPC = ("--trainer.strategy", "moe_rpc")
 SOON = ("--trainer.strategy.join_timeout_s", 3)
-ROOT = Path(__file__).parents[2]
-PAGE = (ROOT / "docs" / "rpc.md").read_text()
 TASKS = ("Generate", "Score", "Embed")
 
 
@@ -385,88 +376,3 @@ def test_a_training_checkpoint_is_refused_with_what_to_do(predict_rpc) -> None:
     torch.save({"state_dict": {}, "pytorch-lightning_version": "2.6.6"}, "some.ckpt")
     finished = predict_rpc(*RPC, "--ckpt_path", "some.ckpt")
     check(finished, "--ckpt_path", "moe_rpc", "moe_lightning export")
-
-
-# docs/rpc.md, every command of it. Other addresses and ports, and few tokens.
-
-
-def blocks(language):
-    return re.findall(rf"```{language}\n(.*?)```", PAGE, re.DOTALL)
-
-
-def blocks_of_the_page_only():
-    """The README's test runs those that it has too."""
-    readme = {line.split("  ")[0] for line in (ROOT / "README.md").read_text().splitlines()}
-    return [b for b in blocks("console") if not readme.issuperset(b.splitlines())]
-
-
-def commands(block):
-    return [shlex.split(line[2:]) for line in block.splitlines() if line.startswith("$ ")]
-
-
-FEW = ("--data.limit_rows", "2", "--model.task.max_new_tokens", "2")
-SRUN = """#!/usr/bin/env bash
-# As srun does: so many tasks with the same command.
-[ "$1" = --kill-on-bad-exit=0 ] || exit 9
-shift
-export SLURM_NTASKS=2 SLURM_NTASKS_PER_NODE=2 SLURM_NNODES=1 SLURM_JOB_NAME=moe-rpc SLURM_JOB_ID=77
-SLURM_PROCID=0 SLURM_LOCALID=0 "$@" & first=$!
-SLURM_PROCID=1 SLURM_LOCALID=1 "$@"
-wait $first
-"""
-
-
-@pytest.mark.parametrize("block", blocks_of_the_page_only(), ids=lambda block: block[2:70].strip())
-def test_the_commands_of_the_page(block, work) -> None:
-    here = outside_address() or "127.0.0.1"
-    # torchrun's agents take themselves for the host by its name only.
-    block = block.replace("192.0.2.10:29400", f"localhost:{free_port()}")
-    for address in sorted(set(re.findall(r"(?:192\.0\.2\.\d+|127\.0\.0\.1):\d+", block))):
-        host = here if address.startswith("192") else "127.0.0.1"
-        block = block.replace(address, f"{host}:{free_port()}")
-    with ExitStack() as stack:
-        for command in commands(block):
-            run_command(command, stack)
-
-
-def run_command(command, stack) -> None:
-    if command[:4] == ["python", "-m", "moe_lightning", "worker"] and "--listen" in command:
-        (worker,) = stack.enter_context(workers(command[4:]))
-        worker.address()
-    elif command[:3] == ["python", "-m", "moe_lightning"]:
-        few = FEW if command[3] == "predict" and "--print_config" not in command[-1] else ()
-        assert main([*command[3:], *few]) == 0
-    elif command[0] == "torchrun":
-        torchrun_as_written([*command[1:], *FEW])
-    elif command[0] == "sbatch":
-        Path("srun").write_text(SRUN)
-        Path("srun").chmod(0o755)
-        finished = run_to_its_end(
-            *("bash", ROOT / command[1], *command[2:], *FEW),
-            PYTHON=sys.executable,
-            PATH=f"{Path.cwd()}:{os.environ['PATH']}",
-            MASTER_PORT=str(free_port()),
-        )
-        assert finished.returncode == 0, finished.stderr
-        assert len(read("outputs/rpc")) == 2
-    else:
-        assert command[0] == "scp", "what cannot be run here is not on the page"
-
-
-def torchrun_as_written(arguments) -> None:
-    """With as many agents as it has machines, all on this one."""
-    num_agents = 1
-    if "--nnodes" in arguments:
-        num_agents = int(arguments[arguments.index("--nnodes") + 1])
-        arguments[arguments.index("--nproc_per_node") + 1] = "1"
-    with ThreadPoolExecutor(num_agents) as pool:
-        command = ("-m", "torch.distributed.run", *arguments)
-        for finished in pool.map(lambda _: finish(*command), range(num_agents)):
-            assert finished.returncode == 0, finished.stderr
-    assert len(read("outputs/rpc")) == 2
-
-
-@pytest.mark.parametrize("block", blocks("python"))
-def test_the_script_of_the_page(block, work, capsys) -> None:
-    exec(compile(block, "rpc.md", "exec"), {"__name__": "page"})
-    assert capsys.readouterr().out.count("token_ids") == 2
