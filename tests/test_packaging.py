@@ -130,7 +130,7 @@ def test_the_installed_wheel_runs_in_an_empty_folder(built, tmp_path):
     def run(*command):
         environment = {"PYTHONPATH": str(site), "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
         done = subprocess.run(
-            command, cwd=here, env=environment, capture_output=True, text=True, timeout=120
+            command, cwd=here, env=environment, capture_output=True, text=True, timeout=240
         )
         assert done.returncode == 0, done.stderr
         return done.stdout

@@ -93,7 +93,7 @@ def test_it_prints_without(broken):
         f"import sys; sys.modules[{broken!r}] = None\n"
         "from moe_lightning.cli.main import main; sys.exit(main(['--env']))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240)
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
     parts = [line for line in done.stdout.splitlines() if not line.startswith(" ")]
