@@ -41,11 +41,12 @@ ELSEWHERE = {
     r"(python -m )?pip |git clone |cd |python3? -m venv |source ": (
         "installs, as the tests' own environment was"
     ),
+    r"python -m moe_lightning benchmark": "minutes; tests/cli/test_benchmark_verb.py runs it small",
     r"python -m mkdocs |python scripts/look_at_site": "tests/docs/test_site.py does it",
 }
 # What takes ranks, each of which starts the program again: here, that would be pytest.
 OVER_RANKS = re.compile(
-    r"(fsdp|_parallel|finetune_\w+)\.yaml|moe_(fsdp|ep|tp|pp)\b|\bddp\b|ShardedStrategy|\bbenchmark\b"
+    r"(fsdp|_parallel|finetune_\w+)\.yaml|moe_(fsdp|ep|tp|pp)\b|\bddp\b|ShardedStrategy"
 )
 SHELL = re.compile(r"[|&;<>$`]|^\w+=")
 OUTSIDE = re.compile(r"\b(10\.0\.0\.\d+|192\.0\.2\.\d+|127\.0\.0\.1):(\d{4,5})\b")
