@@ -38,6 +38,8 @@ def draw(path: Path, results: Sequence[Result]) -> None:
         if any(len(span) > 1 for span in spans):
             axes.errorbar(values, places, xerr=[below, above], fmt="none", color="#222222", lw=1)
         axes.set_title(f"{phase}, tokens/s", fontsize=10)
+        axes.locator_params(axis="x", nbins=4)
+        axes.xaxis.set_major_formatter("{x:,.0f}")
     for axes, phase in zip(speed[2:], ("prefill", "decode"), strict=True):
         left = [0.0] * len(results)
         for part in PARTS:
@@ -45,6 +47,7 @@ def draw(path: Path, results: Sequence[Result]) -> None:
             axes.barh(places, widths, left=left, color=colours[part], label=part, height=0.7)
             left = [a + b for a, b in zip(left, widths, strict=True)]
         axes.set_title(f"{phase}, ms of a MoE layer", fontsize=10)
+        axes.margins(x=0.03)
     speed[0].set_yticks(places, names)
     speed[0].invert_yaxis()
     handles, labels = speed[3].get_legend_handles_labels()

@@ -45,7 +45,7 @@ def loss_before(tmp_path_factory):
     return held_out_losses(out / "out")[0]
 
 
-@pytest.mark.parametrize("name", sampled(["finetune_lora", "finetune_ep"], "finetune_lora"))
+@pytest.mark.parametrize("name", sampled(["finetune_lora", "finetune_ep"]))
 def test_a_config_runs_as_it_is_under_torchrun(tmp_path, loss_before, name):
     assert run_on_ranks(2, fit, tmp_path, f"{name}.yaml") == [0, 0]
     losses = held_out_losses(tmp_path / "outputs" / name)
