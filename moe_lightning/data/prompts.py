@@ -165,7 +165,7 @@ class PromptData(LightningDataModule):
         assert self._dataset is not None, "setup('predict') comes first"
         loader = DataLoader(self._dataset, batch_size=None, num_workers=0)
         place = self.trainer.distributed_sampler_kwargs if self.trainer is not None else None
-        if place is None:
+        if place is None or place["num_replicas"] == 1:
             return loader
         # Lightning would give ranks whole batches, of which there may be fewer than ranks.
         return cast(

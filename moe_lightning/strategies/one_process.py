@@ -80,6 +80,11 @@ class OneProcessStrategy(MoEStrategy, ParallelStrategy):
     def is_global_zero(self) -> bool:
         return True
 
+    @property
+    @override
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        return {"num_replicas": 1, "rank": 0}  # Lightning counts the trainer's devices
+
     @override
     def reduce(self, tensor: Tensor | Any, *args: Any, **kwargs: Any) -> Tensor | Any:
         return tensor
