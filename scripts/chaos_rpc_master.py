@@ -12,6 +12,7 @@ from typing import Any
 
 from typing_extensions import override
 
+from moe_lightning.strategies.rpc_meeting import RPCMeeting
 from moe_lightning.strategies.rpc_strategy import RPCStrategy
 from moe_lightning.workers.fleet import Fleet
 
@@ -27,13 +28,8 @@ class WatchedRPCStrategy(RPCStrategy):
         mark("began")
         handler = FleetLog()
         logging.getLogger("moe_lightning.fleet").addHandler(handler)
+        self._meeting = WatchedMeeting(self)
         super().setup_environment()
-
-    @override
-    def _meet(self, view: Any) -> Fleet:
-        fleet = super()._meet(view)
-        mark("met")
-        return fleet
 
     @override
     def on_predict_start(self) -> None:
@@ -63,6 +59,16 @@ class WatchedRPCStrategy(RPCStrategy):
     def teardown(self) -> None:
         super().teardown()
         mark("left")
+
+
+class WatchedMeeting(RPCMeeting):
+    """Marks when all workers are there."""
+
+    @override
+    def meet(self, *args: Any, **kwargs: Any) -> Fleet:
+        fleet = super().meet(*args, **kwargs)
+        mark("met")
+        return fleet
 
 
 class FleetLog(logging.Handler):
