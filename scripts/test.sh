@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Runs the tests on this machine, from nothing but Python: first two at a time, then, one by one, those
-# that watch the clock or start the program itself. Paths and other options of pytest: as pytest has them.
+# Runs the tests on this machine, from nothing but Python: most two at a time; then those that mostly wait,
+# two at a time as well; then, one by one, those that watch the clock or start the program itself.
+# Paths and other options of pytest: as pytest has them.
 #
 #     scripts/test.sh [--wide] [any option of pytest]
 #
@@ -22,6 +23,7 @@ for argument in "$@"; do
     esac
 done
 outcome=0
-"$python" -m pytest -n 2 -m "not alone$narrow" "$@" || outcome=$?
+"$python" -m pytest -n 2 -m "not alone and not waiting$narrow" "$@" || outcome=$?
+"$python" -m pytest -n 2 -m "waiting$narrow" "$@" || outcome=$?
 "$python" -m pytest -m "alone$narrow" "$@" || outcome=$?
 exit "$outcome"

@@ -26,8 +26,7 @@ from moe_lightning.demo.random_checkpoint import make_checkpoint
 from moe_lightning.modeling.runner import ModelRunner
 from moe_lightning.tasks import Task
 
-# Tests that watch the clock, run on ranks or start the program itself; scripts/test.sh runs the
-# others two at a time.
+# Tests that watch the clock, run on ranks or start the program itself: one by one.
 ALONE = (
     "cli/test_benchmark",
     "cli/test_environment",
@@ -55,11 +54,6 @@ ALONE = (
     "strategies/test_rpc",
     "strategies/test_sharded",
     "test_packaging",
-    "transport/test_link",
-    "transport/test_liveness",
-    "transport/test_tensorpipe",
-    "transport/test_transport_contract",
-    "transport/test_zmq",
     "workers/test_expert_host",
     "workers/test_faults",
     "workers/test_fleet",
@@ -67,16 +61,27 @@ ALONE = (
     "workers/test_local_processes",
     "workers/test_long_messages",
     "workers/test_session",
-    "workers/test_two_hosts",
     "workers/test_worker",
+)
+# Tests that mostly wait for a clock: they may wait together, but nothing may compute beside them.
+WAITING = (
+    "transport/test_link",
+    "transport/test_liveness",
+    "transport/test_tensorpipe",
+    "transport/test_transport_contract",
+    "transport/test_zmq",
+    "workers/test_two_hosts",
 )
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     root = Path(__file__).parent
     for item in items:
-        if item.path.relative_to(root).as_posix().startswith(ALONE):
+        path = item.path.relative_to(root).as_posix()
+        if path.startswith(ALONE):
             item.add_marker("alone")
+        if path.startswith(WAITING):
+            item.add_marker("waiting")
 
 
 TINY = {
