@@ -55,13 +55,11 @@ ALONE = (
     "strategies/test_sharded",
     "test_packaging",
     "workers/test_expert_host",
-    "workers/test_faults",
     "workers/test_fleet",
     "workers/test_joining",
     "workers/test_local_processes",
     "workers/test_long_messages",
     "workers/test_session",
-    "workers/test_worker",
 )
 # Tests that mostly wait for a clock: they may wait together, but nothing may compute beside them.
 WAITING = (
@@ -70,7 +68,9 @@ WAITING = (
     "transport/test_tensorpipe",
     "transport/test_transport_contract",
     "transport/test_zmq",
+    "workers/test_faults",
     "workers/test_two_hosts",
+    "workers/test_worker",
 )
 
 

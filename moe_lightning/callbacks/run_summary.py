@@ -28,8 +28,9 @@ def summary(report: dict[str, Any]) -> str:
         f"{report['tokens_per_s']:,.0f} tokens/s, {used}",
         f"predictions: {report['output_dir']}",
     ]
-    if report["num_errors"]:
-        lines.append(f"{report['num_errors']:,} rows could not be computed: see errors.jsonl there")
+    if num_errors := report["num_errors"]:
+        rows = "row" if num_errors == 1 else "rows"
+        lines.append(f"{num_errors:,} {rows} could not be computed: see errors.jsonl there")
     return "\n".join(lines)
 
 

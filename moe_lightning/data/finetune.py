@@ -27,7 +27,7 @@ class TextData(LightningDataModule):
         train: The training file: JSON Lines of {"text"}, {"prompt", "answer"} or {"messages"} (only
             answers and the assistant's messages are learnt), or a text file whose documents are
             separated by lines that say <|endoftext|>. demo means the small sample that ships with
-            the package.
+            the package. validate needs none.
         val: The held-out file, of the same kind; demo means the shipped one, and null that there is
             no validation.
         format: The format of both files; auto goes by the ending of their names.
@@ -42,7 +42,7 @@ class TextData(LightningDataModule):
 
     def __init__(
         self,
-        train: str,
+        train: str | None = None,
         *,
         val: str | None = None,
         format: TrainingFormat = "auto",
@@ -77,9 +77,10 @@ class TextData(LightningDataModule):
     def prepare_data(self) -> None:
         """Tokenise the files that this run needs, unless that has been done before."""
         trainer, module = self._trainer_and_module()
+        files = self._files()
         self._check_length(module.encoder.max_positions)
         is_quiet = not trainer.is_global_zero or trainer.progress_bar_callback is None
-        for file in self._files().values():
+        for file in files.values():
             write_cache(
                 file,
                 module.tokenizer,
@@ -178,9 +179,15 @@ class TextData(LightningDataModule):
 
     def _files(self) -> dict[Part, DocumentFile]:
         trainer, _ = self._trainer_and_module()
-        parts: tuple[Part, ...] = ("train", "val") if trainer.state.fn == "fit" else ("val",)
-        if parts == ("val",) and self.paths["val"] is None:
-            raise UsageError("--data.val is not given: validate needs a held-out file.")
+        is_fit = trainer.state.fn == "fit"
+        needed: Part = "train" if is_fit else "val"
+        if self.paths[needed] is None:
+            raise UsageError(
+                "--data.train is not given: fit needs a training file."
+                if is_fit
+                else "--data.val is not given: validate needs a held-out file."
+            )
+        parts: tuple[Part, ...] = ("train", "val") if is_fit else ("val",)
         return {
             part: DocumentFile(Path(path), format=self.format)
             for part in parts

@@ -39,7 +39,7 @@ def loss_before(tmp_path_factory):
     before = Path.cwd()
     os.chdir(out)
     try:
-        assert main(["validate", "--data.train=demo", "--data.val=demo", "--output_dir=out"]) == 0
+        assert main(["validate", "--data.val=demo", "--output_dir=out"]) == 0
     finally:
         os.chdir(before)
     return held_out_losses(out / "out")[0]

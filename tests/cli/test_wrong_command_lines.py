@@ -288,10 +288,9 @@ def test_fit_without_data_names_the_option(run, tiny) -> None:
 
 
 def test_validate_without_held_out_text_names_the_option(run, tiny) -> None:
-    Path("train.txt").write_text("a b c\n" * 50)
     finished = run(
         *("validate", "--model.checkpoint", tiny, "--output_dir", "out"),
-        *("--data.train", "train.txt", "--data.sequence_length", 32),
+        *("--data.sequence_length", 32),
     )
     check_short(finished, 2, "--data.val")
 
